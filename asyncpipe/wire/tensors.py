@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -53,13 +52,18 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """dtype, shape and a C-contiguous buffer of exactly `prod(shape) * itemsize` bytes."""
+    """dtype, shape and a C-contiguous buffer of exactly `prod(shape) * itemsize` bytes.
 
-    dtype: DType
-    shape: tuple[int, ...]
-    data: memoryview
+    A plain class on purpose: msgspec would encode a dataclass by itself, into the message.
+    """
+
+    __slots__ = ("data", "dtype", "shape")
+
+    def __init__(self, dtype: DType, shape: tuple[int, ...], data: memoryview) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> Tensor:
