@@ -291,6 +291,22 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     hidden: Tensor | None = None
 
 
+# --- coordinator -> the process that launched it ----------------------------------------------------------------------
+
+
+class ServiceReady(Message, frozen=True, kw_only=True):
+    """coordinator -> launcher (`asyncpipe.local`), once its workers are up: where clients connect."""
+
+    address: Name
+
+
+class ServiceFailed(Message, frozen=True, kw_only=True):
+    """coordinator -> launcher, instead of `ServiceReady`: why it cannot serve."""
+
+    error: ErrorData
+
+
+ServiceAnnouncement = ServiceReady | ServiceFailed
 ClientToCoordinator = Generate | Cancel | GetStatus
 CoordinatorToClient = Piece | Finished | Failed
 WorkerToCoordinator = Join | Tokens | StageFailed

@@ -1,0 +1,87 @@
+"""The client's end of its requests: an actor that sorts what the coordinator sends by request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, ClassVar
+
+from asyncpipe.actors import Actor, ActorRef, Down
+from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, Timeout, from_data
+from asyncpipe.wire.messages import CoordinatorToClient, Failed, Finished, Piece
+
+MAX_OPEN_REQUESTS = 4096
+
+Event = Piece | Finished
+
+
+class Inbox:
+    """What has arrived for one request and was not read yet; bounded by the tokens that the request may generate."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._events: asyncio.Queue[Event | AsyncPipeError] = asyncio.Queue()
+
+    def put(self, event: Event | AsyncPipeError) -> None:
+        self._events.put_nowait(event)
+
+    async def events(self, *, timeout_s: float) -> AsyncGenerator[Event, None]:
+        """Pieces, then Finished. Raises what ended the request, or Timeout after `timeout_s` in total."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    event = await self._events.get()
+            except TimeoutError:
+                raise Timeout(f"request {self.request_id} did not finish within {timeout_s:g} s") from None
+            if isinstance(event, AsyncPipeError):
+                raise event
+            yield event
+            if isinstance(event, Finished):
+                return
+
+
+class InboxActor(Actor):
+    """Receives for all requests of one client. A lost coordinator ends every open request with its error."""
+
+    receives: ClassVar[Any] = CoordinatorToClient
+    mailbox_capacity: ClassVar[int] = 256
+
+    def __init__(self, coordinator: ActorRef) -> None:
+        self._coordinator = coordinator
+        self._open: dict[str, Inbox] = {}
+        self._lost: AsyncPipeError | None = None
+
+    async def started(self) -> None:
+        self.system.monitor(self._coordinator, watcher=self.ref)
+
+    async def stopped(self) -> None:
+        self._end_all(Closed("the client was closed"))
+
+    def open(self, request_id: str) -> Inbox:
+        """Raises what the coordinator was lost by, Invalid for an id in use, Busy with too many open requests."""
+        if self._lost is not None:
+            raise self._lost
+        if len(self._open) >= MAX_OPEN_REQUESTS:
+            raise Busy(f"this client has {MAX_OPEN_REQUESTS} open requests; wait for some to end")
+        if request_id in self._open:
+            raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
+        inbox = self._open[request_id] = Inbox(request_id)
+        return inbox
+
+    def forget(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+
+    async def handle(self, message: Piece | Finished | Failed | Down) -> None:
+        match message:
+            case Down():
+                self._lost = from_data(message.error)
+                self._end_all(self._lost)
+            case Piece() | Finished() if message.request_id in self._open:
+                self._open[message.request_id].put(message)
+            case Failed() if message.request_id in self._open:
+                self._open[message.request_id].put(from_data(message.error))
+
+    def _end_all(self, error: AsyncPipeError) -> None:
+        for inbox in self._open.values():
+            inbox.put(error)

@@ -1,0 +1,145 @@
+"""`asyncpipe-coordinator`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+from asyncpipe.errors import AsyncPipeError, Invalid
+from asyncpipe.process import die_with_parent, run
+from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.model_files import resolve_model
+from asyncpipe_coordinator.options import Parser, add_model_options, add_sampling_options, check_log_level
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+DEFAULT_BIND = "tcp://127.0.0.1:5550"
+
+EPILOG = """examples:
+  asyncpipe-coordinator generate --prompt 'import '                  the bundled model, one stage
+  asyncpipe-coordinator generate ./opt-1.3b --stages 2 --prompt Hi   a model directory, two stages
+  asyncpipe-coordinator serve facebook/opt-125m --stages 2           a hub model, for clients
+"""
+
+GENERATE_EPILOG = """examples:
+  asyncpipe-coordinator generate --prompt 'def ' --stages 2
+  asyncpipe-coordinator generate ./opt-1.3b --stages 3 --split 8,8,8 --prompt Hello --prompt World --json
+  asyncpipe-coordinator generate --prompt-file prompts.txt --temperature 0.8 --seed 7
+  echo 'class Stack:' | asyncpipe-coordinator generate
+"""
+
+SERVE_EPILOG = """examples:
+  asyncpipe-coordinator serve --stages 2
+  asyncpipe-coordinator serve ./opt-1.3b --stages 2 --bind tcp://127.0.0.1:0 --json
+
+then, in Python:
+  async with asyncpipe.connect("tcp://127.0.0.1:5550") as client:
+      print((await client.generate("Hello", max_new_tokens=16)).text)
+"""
+
+
+def build_parser() -> Parser:
+    parser = _parser(
+        "asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_generate(commands)
+    _add_serve(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except Invalid as error:
+        print(f"asyncpipe-coordinator: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except AsyncPipeError as error:
+        print(f"asyncpipe-coordinator: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except BrokenPipeError:
+        # Whoever read our output has left; point stdout elsewhere so that its flush at exit does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if parent := os.environ.get("ASYNCPIPE_PARENT_PID"):
+        die_with_parent(int(parent))
+    logging.basicConfig(
+        level=check_log_level(arguments.log_level),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    command = _command(arguments.command)
+    config = _config(arguments)
+    return run(lambda: command(arguments, config))
+
+
+def _command(name: str) -> Callable[..., Awaitable[int]]:
+    if name == "generate":
+        from asyncpipe_coordinator.generate import generate
+
+        return generate
+    from asyncpipe_coordinator.serve import serve
+
+    return serve
+
+
+def _config(arguments: argparse.Namespace) -> ServiceConfig:
+    return ServiceConfig(
+        checkpoint=resolve_model(arguments.model),
+        num_stages=arguments.stages,
+        split=arguments.split,
+        num_micro_batches=arguments.micro_batches,
+        max_sequences=arguments.max_sequences,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads_per_stage=arguments.threads_per_stage,
+    )
+
+
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "generate", "Generate text from prompts and exit.", GENERATE_EPILOG)
+    add_model_options(parser)
+    parser.option("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    parser.option(
+        "--prompt-file",
+        action="append",
+        metavar="FILE",
+        help='one prompt a line (.jsonl: a JSON string or {"prompt": …} a line; -: standard input); may be repeated',
+    )
+    add_sampling_options(parser)
+    parser.option("--timeout", type=float, default=3600.0, metavar="S", help="seconds for one prompt (default: 3600)")
+    parser.option("--json", action="store_true", help="one JSON object a prompt on stdout, the summary on stderr")
+    parser.option("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "serve", "Serve a model to clients until stopped.", SERVE_EPILOG)
+    add_model_options(parser)
+    parser.option("--bind", default=DEFAULT_BIND, metavar="ADDRESS", help=f"for clients (default: {DEFAULT_BIND})")
+    parser.option("--json", action="store_true", help="print one JSON line with the address when ready")
+    parser.add_argument("--announce", metavar="ADDRESS", help=argparse.SUPPRESS)
+
+
+def _parser(name: str, description: str, epilog: str) -> Parser:
+    return Parser(
+        prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _subparser(commands: argparse._SubParsersAction[Parser], name: str, description: str, epilog: str) -> Parser:
+    return commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -1,0 +1,56 @@
+"""The `serve` command: a coordinator that clients connect to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+
+import msgspec
+
+from asyncpipe.actors import ActorSystem
+from asyncpipe.errors import AsyncPipeError, to_data
+from asyncpipe.wire.messages import Message, ServiceFailed, ServiceReady
+from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.service import Service
+
+ANNOUNCE_TIMEOUT_S = 10.0
+
+
+async def serve(arguments: argparse.Namespace, config: ServiceConfig) -> int:
+    """Serve until stopped (SIGINT, SIGTERM), or until the pipeline is lost for good."""
+    try:
+        async with Service.open(config) as service:
+            address = await service.listen(arguments.bind)
+            await _announce(arguments.announce, ServiceReady(address=address))
+            _say_ready(service, address, as_json=arguments.json, quiet=bool(arguments.announce))
+            await service.run()
+    except AsyncPipeError as error:
+        with contextlib.suppress(AsyncPipeError):
+            await _announce(arguments.announce, ServiceFailed(error=to_data(error)))
+        raise
+    return 0
+
+
+def _say_ready(service: Service, address: str, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        ready = {"address": address, "model": str(service.config.checkpoint), "stages": service.config.num_stages}
+        print(msgspec.json.encode(ready).decode(), flush=True)
+    elif not quiet:
+        print(
+            f"serving {service.config.checkpoint.name} on {service.config.num_stages} stages at {address}\n"
+            f'connect: asyncpipe.connect("{address}")   stop: Ctrl-C',
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+async def _announce(launcher: str | None, message: Message) -> None:
+    """Tell the process that launched us (`asyncpipe.local`) how the start went."""
+    if launcher is None:
+        return
+    token = os.environ.get("ASYNCPIPE_TOKEN", "")
+    async with ActorSystem("announcer", role="coordinator", token=token) as system:
+        ref = await system.connect(launcher, actor="announcements", timeout=ANNOUNCE_TIMEOUT_S)
+        await ref.tell(message, timeout=ANNOUNCE_TIMEOUT_S)

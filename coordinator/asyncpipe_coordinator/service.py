@@ -1,0 +1,170 @@
+"""A running coordinator: its actors, its workers, its addresses, from start to stop.
+
+async with Service.open(config) as service:
+    address = await service.listen("tcp://127.0.0.1:5550")
+    await service.run()           # until the pipeline is lost for good
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+from asyncpipe.actors import ActorRef, ActorSystem
+from asyncpipe.errors import AsyncPipeError
+from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.core.machine import Limits, Machine
+from asyncpipe_coordinator.core.partition import split_layers
+from asyncpipe_coordinator.model_files import ModelInfo, inspect_model
+from asyncpipe_coordinator.shell.coordinator import (
+    COORDINATOR_ACTOR,
+    TICK_S,
+    CoordinatorActor,
+    PipelineUp,
+    Tick,
+    WorkerLost,
+)
+from asyncpipe_coordinator.shell.pool import OnProgress, WorkerPool
+from asyncpipe_coordinator.shell.status import STATUS_ACTOR, StatusActor
+from asyncpipe_coordinator.text import TextCodec
+
+log = logging.getLogger(__name__)
+
+LOCAL_TIMEOUT_S = 5.0
+
+
+class Service:
+    """Use `open`."""
+
+    def __init__(self, config: ServiceConfig, *, system: ActorSystem, token: str, on_progress: OnProgress) -> None:
+        self.config = config
+        self.model: ModelInfo = inspect_model(config.checkpoint)
+        self._layers = split_layers(self.model.num_layers, config.num_stages, config.split)
+        self._system = system
+        self._token = token
+        self._on_progress = on_progress
+        self._machine = self._make_machine()
+        self._lost: asyncio.Future[AsyncPipeError] = asyncio.get_running_loop().create_future()
+        self._actor = self._make_actor()
+        self._ref: ActorRef = system.spawn(lambda: self._actor, name=COORDINATOR_ACTOR)
+        self._pool: WorkerPool | None = None
+        self._workers_address = ""
+        self._epoch = 0
+        self._starts: deque[float] = deque()
+        system.spawn(self._make_status_actor, name=STATUS_ACTOR)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, config: ServiceConfig, *, on_progress: OnProgress = lambda _: None) -> AsyncIterator[Service]:
+        """Start the workers and load the model.
+
+        Raises Invalid for a bad model or split, StageLost for a worker that died, Timeout for one that is too slow. On exit
+        every worker process is stopped and reaped.
+        """
+        token = secrets.token_hex(16)
+        async with ActorSystem("coordinator", role="coordinator", token=token) as system:
+            service = cls(config, system=system, token=token, on_progress=on_progress)
+            try:
+                await service._start_pool()
+                service._actor.background(service._tick(), name="tick")
+                yield service
+            finally:
+                await service._stop_pool()
+
+    async def listen(self, address: str) -> str:
+        """Take clients at `address`; returns it with the real port. Raises Invalid for a bad address or one in use."""
+        return await self._system.listen(address, token="")
+
+    async def run(self) -> None:
+        """Serve. A lost pipeline is started again, `max_restarts` times within `restart_period_s`; then its error is raised."""
+        while True:
+            error = await self._lost  # no deadline: serving has none
+            self._lost = asyncio.get_running_loop().create_future()
+            log.error("%s", error)
+            if not self._may_start_again():
+                raise error
+            await self._stop_pool()
+            await self._start_pool()
+            log.warning("the pipeline is up again, epoch %d", self._epoch)
+
+    async def _start_pool(self) -> None:
+        self._epoch += 1
+        epoch = self._epoch
+        self._starts.append(time.monotonic())
+        if not self._workers_address:
+            self._workers_address = await self._system.listen(f"ipc://@asyncpipe-{secrets.token_hex(8)}")
+        self._pool = pool = WorkerPool(
+            config=self.config,
+            layers=self._layers,
+            dtype=self._dtype(),
+            max_context_len=self.model.max_context_len,
+            address=self._workers_address,
+            token=self._token,
+            epoch=epoch,
+            background=lambda work, name: self._actor.background(work, name=name),
+            on_loss=lambda _stage, error: self._ref.signal(WorkerLost(epoch, error)),
+            on_progress=self._on_progress,
+        )
+        self._actor.expect(pool)
+        await pool.start()
+        await self._ref.tell(PipelineUp(pool), timeout=LOCAL_TIMEOUT_S)
+
+    async def _stop_pool(self) -> None:
+        if self._pool is not None:
+            await self._pool.stop()
+
+    def _may_start_again(self) -> bool:
+        """OTP's rule: more than `max_restarts` within the period means that starting again does not help."""
+        oldest_s = time.monotonic() - self.config.restart_period_s
+        while self._starts and self._starts[0] < oldest_s:
+            self._starts.popleft()
+        return len(self._starts) <= self.config.max_restarts
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._ref.signal(Tick())
+
+    def _on_pipeline_lost(self, error: AsyncPipeError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(error)
+
+    def _dtype(self) -> str:
+        """`auto` is float32 on CPUs, which most compute fastest in it, and the checkpoint's own on a GPU."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return "float32" if self.config.device == "cpu" else self.model.dtype
+
+    def _make_machine(self) -> Machine:
+        return Machine(
+            Limits(
+                num_micro_batches=self.config.micro_batches,
+                max_sequences_per_micro_batch=self.config.max_sequences,
+                max_waiting=self.config.max_waiting,
+                max_context_len=self.model.max_context_len,
+                eos_token_ids=self.model.eos_token_ids,
+            )
+        )
+
+    def _make_actor(self) -> CoordinatorActor:
+        return CoordinatorActor(
+            machine=self._machine,
+            codec=TextCodec.load(self.config.checkpoint),
+            model=self.model,
+            step_timeout_s=self.config.step_timeout_s,
+            on_pipeline_lost=self._on_pipeline_lost,
+        )
+
+    def _make_status_actor(self) -> StatusActor:
+        return StatusActor(
+            self._actor,
+            machine=self._machine,
+            model=self.model,
+            model_name=self.config.checkpoint.name,
+            num_micro_batches=self.config.micro_batches,
+        )

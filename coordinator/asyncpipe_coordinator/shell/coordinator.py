@@ -1,0 +1,357 @@
+"""The coordinator actor: turns messages into events for the machine, and the machine's commands into messages."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, assert_never
+
+from asyncpipe.actors import Actor, ActorRef, Down
+from asyncpipe.errors import AsyncPipeError, Busy, Invalid, StageLost, WireError, from_data, to_data
+from asyncpipe.wire.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    Generate,
+    Join,
+    Message,
+    StageFailed,
+    Step,
+    Tokens,
+    Usage,
+    Welcome,
+    WorkerToCoordinator,
+)
+from asyncpipe_coordinator.core import commands, events
+from asyncpipe_coordinator.core.machine import Machine
+from asyncpipe_coordinator.model_files import ModelInfo
+from asyncpipe_coordinator.shell.outbox import Outbox, SendFailed
+from asyncpipe_coordinator.shell.pool import WorkerPool
+from asyncpipe_coordinator.shell.requests import OpenRequest
+from asyncpipe_coordinator.text import TextCodec
+
+COORDINATOR_ACTOR = "coordinator"
+TICK_S = 0.25
+CLIENT_STALL_S = 20.0  # a client that takes nothing for so long is cut off
+STEP_SEND_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineUp:
+    """Local: the pool's workers are loaded and connected."""
+
+    pool: WorkerPool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """Local: a worker of `epoch` died or failed."""
+
+    epoch: int
+    error: AsyncPipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Local: time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    step: Step
+    issued_at_s: float
+
+
+LocalMessage = PipelineUp | WorkerLost | Tick | SendFailed | Down
+AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
+
+
+class CoordinatorActor(Actor):
+    """Owns the machine; everything it knows about the outside is in `_pool`, `_open` and `_outboxes`."""
+
+    receives: ClassVar[Any] = Generate | Cancel | WorkerToCoordinator
+    mailbox_capacity: ClassVar[int] = 1024
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        codec: TextCodec,
+        model: ModelInfo,
+        step_timeout_s: float,
+        on_pipeline_lost: Callable[[AsyncPipeError], None],
+    ) -> None:
+        self._machine = machine
+        self._codec = codec
+        self._model = model
+        self._step_timeout_s = step_timeout_s
+        self._on_pipeline_lost = on_pipeline_lost
+        self._pool: WorkerPool | None = None  # joining or running
+        self._is_up = False
+        self._steps: ActorRef | None = None  # the outbox of stage 0
+        self._in_flight: dict[int, InFlight] = {}
+        self._open: dict[str, OpenRequest] = {}
+        self._outboxes: dict[ActorRef, ActorRef] = {}
+        self._num_outboxes = 0
+
+    # --- for the service, on the same loop ---
+
+    def expect(self, pool: WorkerPool) -> None:
+        """Workers that join from now on belong to `pool`."""
+        self._pool = pool
+
+    @property
+    def pool(self) -> WorkerPool | None:
+        return self._pool
+
+    @property
+    def is_up(self) -> bool:
+        return self._is_up
+
+    # --- messages ---
+
+    async def handle(self, message: AnyMessage) -> Message | None:
+        match message:
+            case Tokens():
+                self._on_tokens(message)
+            case Generate():
+                return self._on_generate(message)
+            case Cancel():
+                self._on_cancel(message.request_id, self._sender())
+            case Join():
+                return self._on_join(message)
+            case StageFailed():
+                self._on_stage_failed(message)
+            case PipelineUp():
+                self._on_pipeline_up(message.pool)
+            case WorkerLost():
+                self._on_worker_lost(message)
+            case Tick():
+                self._on_tick()
+            case SendFailed():
+                self._on_send_failed(message)
+            case Down():
+                self._on_down(message)
+            case _:
+                assert_never(message)
+        return None
+
+    def _on_generate(self, message: Generate) -> Accepted:
+        client = self._sender()
+        token_ids = self._prompt_tokens(message)
+        request_id = self._unique(message.request_id)
+        if client not in self._outboxes:
+            self._add_client(client)
+        sampling = message.sampling
+        self._open[request_id] = OpenRequest.create(
+            message.request_id, client=client, codec=self._codec, sampling=sampling
+        )
+        now_s = time.monotonic()
+        self._handle(
+            events.Submitted(
+                request_id=request_id,
+                client=client,
+                prompt_token_ids=token_ids,
+                sampling=sampling,
+                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+                deadline_at_s=None if message.deadline_s is None else now_s + message.deadline_s,
+                at_s=now_s,
+            )
+        )
+        return Accepted(request_id=message.request_id, prompt_token_ids=token_ids)
+
+    def _prompt_tokens(self, message: Generate) -> tuple[int, ...]:
+        if (message.prompt is None) == (message.prompt_token_ids is None):
+            raise Invalid("give either prompt or prompt_token_ids")
+        if message.prompt_token_ids is None:
+            token_ids = self._codec.encode(message.prompt or "")
+        else:
+            token_ids = message.prompt_token_ids
+        check_prompt(token_ids, self._model)
+        return token_ids
+
+    def _on_tokens(self, tokens: Tokens) -> None:
+        sent = self._in_flight.get(tokens.micro_batch)
+        if sent is not None and sent.step.epoch == tokens.epoch and sent.step.step == tokens.step:
+            del self._in_flight[tokens.micro_batch]
+        try:
+            self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
+        except WireError as error:
+            self._lose_pipeline(StageLost(f"the last stage broke the protocol: {error}"))
+
+    def _on_cancel(self, client_request_id: str, client: ActorRef) -> None:
+        for request_id, request in list(self._open.items()):
+            if request.client == client and request.request_id == client_request_id:
+                self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
+                return
+
+    def _on_join(self, message: Join) -> Welcome:
+        if self._pool is None:
+            raise Invalid("no workers are expected now")
+        sender = self._sender()
+        self._pool.on_join(message, sender)
+        self.system.monitor(sender, watcher=self.ref)
+        return Welcome(epoch=self._pool.epoch)
+
+    def _on_pipeline_up(self, pool: WorkerPool) -> None:
+        self._is_up = True
+        self._steps = self.system.spawn(
+            lambda: Outbox(pool.first, owner=self.ref, timeout_s=STEP_SEND_TIMEOUT_S), name=f"steps-{pool.epoch}"
+        )
+        self._handle(events.PipelineReady(epoch=pool.epoch, at_s=time.monotonic()))
+
+    def _on_tick(self) -> None:
+        now_s = time.monotonic()
+        self._handle(events.Tick(at_s=now_s))
+        for sent in self._in_flight.values():
+            if now_s - sent.issued_at_s > self._step_timeout_s:
+                self._lose_pipeline(
+                    StageLost(
+                        f"no tokens came back for micro-batch {sent.step.micro_batch}, step {sent.step.step},"
+                        f" within {self._step_timeout_s:g} s"
+                    )
+                )
+                return
+
+    # --- losses ---
+
+    def _on_stage_failed(self, message: StageFailed) -> None:
+        if self._pool is not None and message.epoch == self._pool.epoch:
+            cause = from_data(message.error)
+            self._lose_pipeline(StageLost(f"{self._pool.describe(message.stage)} failed: {cause}"))
+
+    def _on_worker_lost(self, message: WorkerLost) -> None:
+        if self._pool is not None and message.epoch == self._pool.epoch:
+            self._lose_pipeline(message.error)
+
+    def _on_send_failed(self, message: SendFailed) -> None:
+        if self._pool is not None and message.target == self._pool.first:
+            self._lose_pipeline(self._pool.lost(0, message.error))
+        else:
+            self._drop_client(message.target)
+
+    def _on_down(self, message: Down) -> None:
+        stage = self._pool.stage_of(message.ref) if self._pool is not None else None
+        if stage is not None and self._pool is not None:
+            self._lose_pipeline(self._pool.lost(stage, message.error.message))
+        elif message.ref in self._outboxes:
+            self._drop_client(message.ref)
+
+    def _lose_pipeline(self, error: AsyncPipeError) -> None:
+        """Once per epoch: everyone who waits hears of it, and the service decides whether to start again."""
+        if not self._is_up:
+            return
+        self._is_up = False
+        self._in_flight.clear()
+        self._handle(events.PipelineLost(error=to_data(error), at_s=time.monotonic()))
+        self._on_pipeline_lost(error)
+
+    # --- clients ---
+
+    def _add_client(self, client: ActorRef) -> None:
+        self._num_outboxes += 1
+        self._outboxes[client] = self.system.spawn(
+            lambda: Outbox(client, owner=self.ref, timeout_s=CLIENT_STALL_S), name=f"client-{self._num_outboxes}"
+        )
+        self.system.monitor(client, watcher=self.ref)
+
+    def _drop_client(self, client: ActorRef) -> None:
+        """Gone, or too slow: its requests end, nobody else's do."""
+        outbox = self._outboxes.pop(client, None)
+        if outbox is None:
+            return
+        self.background(self.system.stop(outbox), name="stop outbox")
+        for request_id in [r for r, request in self._open.items() if request.client == client]:
+            self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
+
+    def _send(self, client: ActorRef, message: Message) -> None:
+        outbox = self._outboxes.get(client)
+        if outbox is None:
+            return
+        try:
+            outbox.tell_nowait(message)
+        except Busy:
+            self._drop_client(client)
+
+    # --- commands ---
+
+    def _handle(self, event: events.Event) -> None:
+        done = self._machine.handle(event)
+        ending = {c.request_id for c in done if isinstance(c, commands.FinishRequest)}
+        for command in done:
+            match command:
+                case commands.IssueStep():
+                    self._issue(command.step)
+                case commands.EmitToken():
+                    self._emit(command, is_last=command.request_id in ending)
+                case commands.FinishRequest():
+                    self._finish(command)
+                case commands.FailRequest():
+                    self._fail(command)
+                case _:
+                    assert_never(command)
+
+    def _issue(self, step: Step) -> None:
+        assert self._steps is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
+        self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
+        self._steps.tell_nowait(step)
+
+    def _emit(self, command: commands.EmitToken, *, is_last: bool) -> None:
+        request = self._open.get(command.request_id)
+        if request is None or request.stopped:
+            return
+        self._send(request.client, request.piece(index=command.index, token_id=command.token_id, is_last=is_last))
+        if request.stops.found:
+            request.stopped = True
+            self._handle(events.StopStringFound(request_id=command.request_id, at_s=time.monotonic()))
+
+    def _finish(self, command: commands.FinishRequest) -> None:
+        request = self._open.pop(command.request_id, None)
+        if request is None:
+            return
+        held_back = "" if request.stops.found else request.rest()
+        usage = Usage(
+            prompt_tokens=command.num_prompt_tokens,
+            completion_tokens=command.num_completion_tokens,
+            time_to_first_token_s=command.time_to_first_token_s,
+            total_s=command.total_s,
+        )
+        finished = Finished(
+            request_id=request.request_id, finish_reason=command.finish_reason, text=held_back, usage=usage
+        )
+        self._send(request.client, finished)
+
+    def _fail(self, command: commands.FailRequest) -> None:
+        request = self._open.pop(command.request_id, None)
+        if request is not None:
+            self._send(request.client, Failed(request_id=request.request_id, error=command.error))
+
+    # --- small things ---
+
+    def _sender(self) -> ActorRef:
+        if self.sender is None:
+            raise Invalid("this message needs a sender to answer to")
+        return self.sender
+
+    def _unique(self, request_id: str) -> str:
+        """Two clients may choose the same id; one client may not use it twice at once."""
+        key = f"{self._sender().node}/{request_id}"
+        if key in self._open:
+            raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
+        return key
+
+
+def check_prompt(token_ids: tuple[int, ...], model: ModelInfo) -> None:
+    """Raises Invalid for a prompt that the model cannot take."""
+    if not token_ids:
+        raise Invalid("the prompt is empty: give at least one token")
+    if len(token_ids) >= model.max_context_len:
+        raise Invalid(
+            f"the prompt has {len(token_ids)} tokens; the model's context is {model.max_context_len},"
+            f" so a prompt may have at most {model.max_context_len - 1}"
+        )
+    if max(token_ids) >= model.vocab_size:
+        raise Invalid(f"token id {max(token_ids)} is outside the model's vocabulary of {model.vocab_size}")

@@ -1,0 +1,225 @@
+"""The worker processes of this machine: started, joined, loaded, connected, watched and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from asyncpipe.actors import ActorRef
+from asyncpipe.errors import AsyncPipeError, Broken, Invalid, StageLost
+from asyncpipe.errors import Timeout as DeadlinePassed
+from asyncpipe.process import ChildProcess
+from asyncpipe.wire.messages import (
+    ConnectNext,
+    GetCounters,
+    Join,
+    LoadStage,
+    Ready,
+    StageCounters,
+    StageReport,
+    StageStatus,
+)
+from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.core.partition import LayerRange
+
+COUNTERS_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 15.0
+STOP_TERM_S = 2.0
+USAGE_EXIT = 2
+
+T = TypeVar("T")
+OnLoss = Callable[[int, AsyncPipeError], None]
+OnProgress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process; its slot is its stage."""
+
+    stage: int
+    process: ChildProcess
+    joined: asyncio.Future[Join]
+    ref: ActorRef | None = None
+    join: Join | None = None
+    report: StageReport | None = None
+
+
+@dataclass(slots=True)
+class WorkerPool:
+    """The workers of one epoch. `start` brings them up, `stop` leaves no process behind."""
+
+    config: ServiceConfig
+    layers: Sequence[LayerRange]
+    dtype: str
+    max_context_len: int
+    address: str  # where workers find the coordinator
+    token: str
+    epoch: int
+    background: Callable[[Coroutine[Any, Any, None], str], None]
+    on_loss: OnLoss
+    on_progress: OnProgress = lambda _: None
+    workers: list[Worker] = field(default_factory=list)
+    _stopping: bool = False
+
+    async def start(self) -> None:
+        """Raises Invalid for what a worker found wrong, StageLost when one died, Timeout when one was too slow."""
+        for stage in range(self.config.num_stages):
+            self.workers.append(await self._spawn(stage))
+        for worker in self.workers:
+            worker.join = await self._await_join(worker)
+            self.on_progress(f"stage {worker.stage} joined")
+        await self._on_all(self._load)
+        await self._on_all(self._connect_next)
+
+    async def stop(self) -> None:
+        """TERM, then KILL, for every worker at once; returns when all are reaped."""
+        self._stopping = True
+        await asyncio.gather(*(worker.process.stop(term_after_s=STOP_TERM_S) for worker in self.workers))
+
+    def on_join(self, join: Join, sender: ActorRef) -> None:
+        """Raises Invalid for a worker that was not started here."""
+        worker = self.workers[join.slot] if join.slot < len(self.workers) else None
+        if worker is None or worker.joined.done() or worker.process.pid != join.pid:
+            raise Invalid(f"no worker was expected in slot {join.slot} with pid {join.pid}")
+        worker.ref = sender
+        worker.joined.set_result(join)
+
+    def stage_of(self, ref: ActorRef) -> int | None:
+        return next((worker.stage for worker in self.workers if worker.ref == ref), None)
+
+    @property
+    def first(self) -> ActorRef:
+        return _joined_ref(self.workers[0])
+
+    def describe(self, stage: int) -> str:
+        """For error messages: "stage 1 of 3 (layers 2-3, worker pid 4711)"."""
+        worker, layers = self.workers[stage], self.layers[stage]
+        last = layers.last - 1
+        return f"stage {stage} of {len(self.workers)} (layers {layers.first}-{last}, worker pid {worker.process.pid})"
+
+    def lost(self, stage: int, what: object) -> StageLost:
+        return StageLost(f"{self.describe(stage)} was lost: {what}")
+
+    async def statuses(self) -> tuple[StageStatus, ...]:
+        """One row a stage, with fresh busy counters where the stage answers in time."""
+        counters = await asyncio.gather(*(self._counters(worker) for worker in self.workers))
+        return tuple(_status(worker, count) for worker, count in zip(self.workers, counters, strict=True))
+
+    async def _spawn(self, stage: int) -> Worker:
+        config = self.config
+        argv = [sys.executable, "-m", "asyncpipe_workers"]
+        argv += ["--coordinator", self.address, "--slot", str(stage), "--device", config.device_of(stage)]
+        env = os.environ | {
+            "ASYNCPIPE_TOKEN": self.token,
+            "OMP_NUM_THREADS": str(config.threads),
+        }
+        process = await ChildProcess.spawn(argv, env=env, name=f"stage {stage}")
+        worker = Worker(stage, process, asyncio.get_running_loop().create_future())
+        self.background(self._watch(worker), f"watch stage {stage}")
+        return worker
+
+    async def _watch(self, worker: Worker) -> None:
+        await worker.process.wait()
+        error = _exit_error(worker)
+        if not worker.joined.done():
+            worker.joined.set_exception(error)
+            worker.joined.exception()  # whoever waits raises it; nobody waiting is no leak
+        if not self._stopping:
+            self.on_loss(worker.stage, error)
+
+    async def _await_join(self, worker: Worker) -> Join:
+        try:
+            async with asyncio.timeout(self.config.join_timeout_s):
+                return await asyncio.shield(worker.joined)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"the worker of stage {worker.stage} (pid {worker.process.pid}) did not join within"
+                f" {self.config.join_timeout_s:g} s{_tail(worker)}"
+            ) from None
+
+    async def _on_all(self, action: Callable[[Worker], Awaitable[None]]) -> None:
+        """Run `action` on all workers at once; the first error, named by its stage, is raised."""
+        results = await asyncio.gather(*(action(worker) for worker in self.workers), return_exceptions=True)
+        for worker, result in zip(self.workers, results, strict=True):
+            if isinstance(result, Broken):
+                raise self.lost(worker.stage, result)
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _load(self, worker: Worker) -> None:
+        layers = self.layers[worker.stage]
+        plan = LoadStage(
+            epoch=self.epoch,
+            stage=worker.stage,
+            num_stages=len(self.workers),
+            first_layer=layers.first,
+            last_layer=layers.last,
+            checkpoint=str(self.config.checkpoint),
+            dtype=self.dtype,
+            max_context_len=self.max_context_len,
+            num_threads=self.config.threads,
+        )
+        worker.report = await _joined_ref(worker).ask(plan, timeout=self.config.load_timeout_s)
+        self.on_progress(f"stage {worker.stage} loaded")
+
+    async def _connect_next(self, worker: Worker) -> None:
+        following = self.workers[worker.stage + 1] if worker.stage + 1 < len(self.workers) else None
+        address = following.join.address if following and following.join else None
+        ready: Ready = await _joined_ref(worker).ask(
+            ConnectNext(epoch=self.epoch, address=address), timeout=CONNECT_TIMEOUT_S
+        )
+        assert ready.stage == worker.stage  # noqa: S101 - a worker answers for itself or not at all
+
+    async def _counters(self, worker: Worker) -> StageCounters | None:
+        if worker.ref is None:
+            return None
+        try:
+            return await worker.ref.ask(GetCounters(), timeout=COUNTERS_TIMEOUT_S)
+        except AsyncPipeError:
+            return None
+
+
+def _joined_ref(worker: Worker) -> ActorRef:
+    if worker.ref is None:
+        raise Broken(f"the worker of stage {worker.stage} has not joined")
+    return worker.ref
+
+
+def _exit_error(worker: Worker) -> AsyncPipeError:
+    returncode = worker.process.returncode
+    if returncode == USAGE_EXIT:
+        return Invalid(f"the worker of stage {worker.stage} could not start: {_last_line(worker)}")
+    return StageLost(
+        f"the worker of stage {worker.stage} (pid {worker.process.pid}) {worker.process.describe_exit()}{_tail(worker)}"
+    )
+
+
+def _last_line(worker: Worker) -> str:
+    lines = worker.process.stderr_tail()
+    return lines[-1].removeprefix("asyncpipe-worker: error: ") if lines else "it said nothing"
+
+
+def _tail(worker: Worker) -> str:
+    lines = worker.process.stderr_tail()
+    return "; its last lines:\n  " + "\n  ".join(lines) if lines else ""
+
+
+def _status(worker: Worker, counters: StageCounters | None) -> StageStatus:
+    join, report = worker.join, worker.report
+    busy_s, span_s = (counters.busy_s, counters.span_s) if counters else (0.0, 0.0)
+    return StageStatus(
+        stage=worker.stage,
+        pid=worker.process.pid,
+        device=join.device if join else "",
+        host=join.host if join else "",
+        layers=report.layers if report else (0, 0),
+        num_params=report.num_params if report else 0,
+        param_bytes=report.param_bytes if report else 0,
+        steps=counters.steps if counters else 0,
+        busy_s=busy_s,
+        busy_share=busy_s / span_s if span_s else 0.0,
+    )

@@ -1,0 +1,25 @@
+"""What tests share: running a coroutine with a deadline and a leak check."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+def run(coroutine: Coroutine[Any, Any, T], *, timeout_s: float = 20.0) -> T:
+    """Run on uvloop within `timeout_s`; fail when the coroutine leaves tasks behind."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(timeout_s):
+            result = await coroutine
+        left_over = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left_over, f"tasks left over: {left_over}"
+        return result
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(bounded())

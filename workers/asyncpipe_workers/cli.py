@@ -1,0 +1,117 @@
+"""`asyncpipe-worker`: one stage of a pipeline, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import importlib.util
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from asyncpipe.actors import ActorSystem
+from asyncpipe.errors import AsyncPipeError, Invalid
+from asyncpipe.process import die_with_parent, run
+from asyncpipe.wire.messages import Join
+from asyncpipe_workers.stage import STAGE_ACTOR, StageActor, load_model
+
+JOIN_TIMEOUT_S = 10.0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+EPILOG = """examples:
+  asyncpipe-worker --coordinator ipc://@asyncpipe-1234 --device cpu
+
+Usually nobody types this: asyncpipe-coordinator starts the workers of this machine by itself.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asyncpipe-worker",
+        description="Compute one stage of a pipeline for an asyncpipe coordinator.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    env = os.environ
+    parser.add_argument(
+        "--coordinator",
+        metavar="ADDRESS",
+        default=env.get("ASYNCPIPE_COORDINATOR"),
+        help="where the coordinator listens for workers (ASYNCPIPE_COORDINATOR)",
+    )
+    parser.add_argument(
+        "--device",
+        default=env.get("ASYNCPIPE_DEVICE", "cpu"),
+        help="cpu, or cuda:N (ASYNCPIPE_DEVICE; default: cpu)",
+    )
+    parser.add_argument(
+        "--slot",
+        type=int,
+        default=env.get("ASYNCPIPE_SLOT", "0"),
+        help="which of the coordinator's workers this is (ASYNCPIPE_SLOT; default: 0)",
+    )
+    parser.add_argument(
+        "--log-level",
+        default=env.get("ASYNCPIPE_LOG_LEVEL", "warning"),
+        choices=["debug", "info", "warning", "error"],
+        help="ASYNCPIPE_LOG_LEVEL; default: warning",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `asyncpipe-worker`; returns the exit status."""
+    if parent := os.environ.get("ASYNCPIPE_PARENT_PID"):
+        die_with_parent(int(parent))
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        check_arguments(arguments)
+        return run(functools.partial(work, arguments))
+    except Invalid as error:
+        print(f"asyncpipe-worker: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except AsyncPipeError as error:
+        print(f"asyncpipe-worker: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises Invalid for what can be known to be wrong before anything starts."""
+    if not arguments.coordinator:
+        raise Invalid("--coordinator ADDRESS is needed (asyncpipe-coordinator serve prints it)")
+    if arguments.device != "cpu" and not arguments.device.startswith("cuda"):
+        raise Invalid(f"--device {arguments.device}: use cpu or cuda:N")
+    for package in ("torch", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise Invalid(f"a worker needs {package}, which is not installed: pip install 'asyncpipe-runtime[worker]'")
+
+
+async def work(arguments: argparse.Namespace) -> int:
+    """Join the coordinator and serve until it stops or is gone."""
+    token = os.environ.get("ASYNCPIPE_TOKEN", "")
+    coordinator_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with ActorSystem("worker", role="worker", token=token) as system:
+        coordinator = await system.connect(arguments.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
+        loader = functools.partial(load_model, device=arguments.device)
+        system.spawn(
+            lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR
+        )
+        address = await system.listen(f"ipc://@asyncpipe-{system.node}")
+        join = Join(
+            slot=arguments.slot,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=arguments.device,
+            address=address,
+        )
+        await coordinator.ask(join, timeout=JOIN_TIMEOUT_S)
+        # No deadline: serving ends when the coordinator is lost (its link has one) or this process is told to stop.
+        await coordinator_lost
+    return 0
