@@ -96,12 +96,20 @@ class Link(abc.ABC):
         """
 
     @abc.abstractmethod
+    def try_send(self, frames: Sequence[Buffer]) -> None:
+        """Like `send`, but raises Busy instead of waiting for a credit."""
+
+    @abc.abstractmethod
     def send_control(self, frames: Sequence[Buffer]) -> None:
         """Send in the control lane, at once. Raises Busy when its bounded buffer is full, Closed, Broken, Invalid."""
 
     @abc.abstractmethod
     async def close(self) -> None:
         """Tell the peer, flush for at most a second, release everything. Idempotent. Waiting senders get Closed."""
+
+    @abc.abstractmethod
+    def abort(self, error: AsyncPipeError) -> None:
+        """End the link now with `error`: its peer is known to be gone, from elsewhere (its process was reaped, say)."""
 
     @property
     @abc.abstractmethod

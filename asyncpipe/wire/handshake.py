@@ -92,7 +92,7 @@ def _unpack(data: bytes | memoryview) -> dict[str, object]:
     if len(data) > MAX_HELLO_BYTES:
         raise WireError(f"a Hello of {len(data)} bytes; at most {MAX_HELLO_BYTES}")
     try:
-        fields = msgpack.unpackb(data, max_buffer_size=MAX_HELLO_BYTES)
+        fields = msgpack.unpackb(data)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise WireError(f"not a Hello: {error}") from None
     if not isinstance(fields, dict):

@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if parent := os.environ.get("ASYNCPIPE_PARENT_PID"):
-        die_with_parent(int(parent))
+    die_with_parent()
     logging.basicConfig(
         level=check_log_level(arguments.log_level),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",

@@ -65,8 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `asyncpipe-worker`; returns the exit status."""
-    if parent := os.environ.get("ASYNCPIPE_PARENT_PID"):
-        die_with_parent(int(parent))
+    die_with_parent()
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(
         level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
