@@ -156,9 +156,7 @@ class Mailbox:
             async with asyncio.timeout(timeout_s):
                 await writer
         except TimeoutError:
-            raise Timeout(
-                f"the mailbox of {self._owner} stayed full for {timeout_s:g} s ({self._capacity} messages)"
-            ) from None
+            raise Timeout(f"the mailbox of {self._owner} stayed full for {timeout_s:g} s ({self._capacity} messages)") from None
         except asyncio.CancelledError:
             if writer.done() and not writer.cancelled():
                 self._wake_writer()  # the room given to us goes to the next

@@ -164,9 +164,7 @@ class ActorSystem:
         """
         self._check_open()
         hello = self._hello if token is None else replace(self._hello, token=token)
-        listener = await transport_for(address).listen(
-            address, hello=hello, on_link=self._add_peer, options=self._options
-        )
+        listener = await transport_for(address).listen(address, hello=hello, on_link=self._add_peer, options=self._options)
         self._listeners.append(listener)
         return listener.address
 

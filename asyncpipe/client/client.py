@@ -94,9 +94,7 @@ class Client:
                     self._coordinator.signal(Cancel(request_id=message.request_id))
 
 
-def _generate(
-    prompt: str | Sequence[int], *, request_id: str | None, deadline_s: float, options: SamplingOptions
-) -> Generate:
+def _generate(prompt: str | Sequence[int], *, request_id: str | None, deadline_s: float, options: SamplingOptions) -> Generate:
     text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, tuple(prompt))
     return Generate(
         request_id=request_id or new_request_id(),

@@ -37,6 +37,7 @@ class LinkOptions:
     heartbeat_s: float = 0.5
     silence_s: float = 3.0  # a peer silent for so long is Broken
     handshake_s: float = 5.0
+    shared_memory: bool = True  # large frames go through memory that both processes map, where the kernel is shared
 
 
 @dataclass(frozen=True, slots=True)

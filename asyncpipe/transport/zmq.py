@@ -43,9 +43,7 @@ Out = Callable[[list[Buffer]], None]
 class ZmqLink(CreditedLink):
     """A link over somebody's socket: `out` sends to the peer, `forget` is called at the end."""
 
-    def __init__(
-        self, *, local: Hello, remote: Hello, options: LinkOptions, out: Out, forget: Callable[[], None]
-    ) -> None:
+    def __init__(self, *, local: Hello, remote: Hello, options: LinkOptions, out: Out, forget: Callable[[], None]) -> None:
         super().__init__(local=local, remote=remote, options=options)
         self._out = out
         self._forget = forget
@@ -65,9 +63,7 @@ class ZmqLink(CreditedLink):
         if forgive:
             self._heard_at_s = now_s
         if now_s - self._heard_at_s > self.options.silence_s:
-            self._finish(
-                Broken(f"{self.remote.role} {self.remote.node} has been silent for {now_s - self._heard_at_s:.1f} s")
-            )
+            self._finish(Broken(f"{self.remote.role} {self.remote.node} has been silent for {now_s - self._heard_at_s:.1f} s"))
         elif not self._has_sent:
             with contextlib.suppress(Busy):
                 self._try_ping()

@@ -72,9 +72,7 @@ class Tensor:
         try:
             dtype = DType(contiguous.dtype.name)
         except ValueError:
-            raise Invalid(
-                f"dtype {contiguous.dtype} cannot travel; use one of {', '.join(d.value for d in DType)}"
-            ) from None
+            raise Invalid(f"dtype {contiguous.dtype} cannot travel; use one of {', '.join(d.value for d in DType)}") from None
         return cls(dtype, tuple(array.shape), _byte_view(contiguous))
 
     def numpy(self) -> npt.NDArray[Any]:

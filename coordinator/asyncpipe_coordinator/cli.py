@@ -43,9 +43,7 @@ then, in Python:
 
 
 def build_parser() -> Parser:
-    parser = _parser(
-        "asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG
-    )
+    parser = _parser("asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(commands)
     _add_serve(commands)
@@ -129,9 +127,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _parser(name: str, description: str, epilog: str) -> Parser:
-    return Parser(
-        prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _subparser(commands: argparse._SubParsersAction[Parser], name: str, description: str, epilog: str) -> Parser:

@@ -99,9 +99,7 @@ async def work(arguments: argparse.Namespace) -> int:
     async with ActorSystem("worker", role="worker", token=token) as system:
         coordinator = await system.connect(arguments.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
         loader = functools.partial(load_model, device=arguments.device)
-        system.spawn(
-            lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR
-        )
+        system.spawn(lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR)
         address = await system.listen(f"ipc://@asyncpipe-{system.node}")
         join = Join(
             slot=arguments.slot,
@@ -110,7 +108,7 @@ async def work(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             address=address,
         )
-        await coordinator.ask(join, timeout=JOIN_TIMEOUT_S)
+        await coordinator.as_seen_by(stage).ask(join, timeout=JOIN_TIMEOUT_S)
         # No deadline: serving ends when the coordinator is lost (its link has one) or this process is told to stop.
         await coordinator_lost
     return 0

@@ -146,9 +146,7 @@ class CoordinatorActor(Actor):
         if client not in self._outboxes:
             self._add_client(client)
         sampling = message.sampling
-        self._open[request_id] = OpenRequest.create(
-            message.request_id, client=client, codec=self._codec, sampling=sampling
-        )
+        self._open[request_id] = OpenRequest.create(message.request_id, client=client, codec=self._codec, sampling=sampling)
         now_s = time.monotonic()
         self._handle(
             events.Submitted(
@@ -319,9 +317,7 @@ class CoordinatorActor(Actor):
             time_to_first_token_s=command.time_to_first_token_s,
             total_s=command.total_s,
         )
-        finished = Finished(
-            request_id=request.request_id, finish_reason=command.finish_reason, text=held_back, usage=usage
-        )
+        finished = Finished(request_id=request.request_id, finish_reason=command.finish_reason, text=held_back, usage=usage)
         self._send(request.client, finished)
 
     def _fail(self, command: commands.FailRequest) -> None:

@@ -169,9 +169,7 @@ class WorkerPool:
     async def _connect_next(self, worker: Worker) -> None:
         following = self.workers[worker.stage + 1] if worker.stage + 1 < len(self.workers) else None
         address = following.join.address if following and following.join else None
-        ready: Ready = await _joined_ref(worker).ask(
-            ConnectNext(epoch=self.epoch, address=address), timeout=CONNECT_TIMEOUT_S
-        )
+        ready: Ready = await _joined_ref(worker).ask(ConnectNext(epoch=self.epoch, address=address), timeout=CONNECT_TIMEOUT_S)
         assert ready.stage == worker.stage  # noqa: S101 - a worker answers for itself or not at all
 
     async def _counters(self, worker: Worker) -> StageCounters | None:

@@ -1,0 +1,47 @@
+"""What the machine wants done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncpipe.errors import ErrorData
+from asyncpipe.wire.messages import FinishReason, Step
+
+
+@dataclass(frozen=True, slots=True)
+class IssueStep:
+    """Send `step` to the first stage."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class EmitToken:
+    """A token for the client; indexes count from 0 without a gap."""
+
+    request_id: str
+    index: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishRequest:
+    """The request ends here, once. `time_to_first_token_s` is 0.0 when there was none."""
+
+    request_id: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailRequest:
+    """The request ends here, once, with an error."""
+
+    request_id: str
+    error: ErrorData
+
+
+Command = IssueStep | EmitToken | FinishRequest | FailRequest

@@ -1,0 +1,66 @@
+"""What can happen to the machine. Times are monotonic seconds of the coordinator's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from asyncpipe.errors import ErrorData
+from asyncpipe.wire.messages import Sampling, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A client asks for text. `seed` is drawn by the shell when the client gave none."""
+
+    request_id: str
+    client: Hashable
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    deadline_at_s: float | None
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensArrived:
+    tokens: Tokens
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """The client asked for it, or is gone."""
+
+    request_id: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopStringFound:
+    """The shell saw a stop string in the text so far: the request is complete."""
+
+    request_id: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineReady:
+    epoch: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineLost:
+    error: ErrorData
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed: deadlines are looked at."""
+
+    at_s: float
+
+
+Event = Submitted | TokensArrived | Cancelled | StopStringFound | PipelineReady | PipelineLost | Tick

@@ -1,0 +1,129 @@
+"""What can be known of a model without torch: where it is, what it is, and whether its files can be right.
+
+Looking here first means that a wrong directory or a broken download is one clear line, before any process is started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncpipe.errors import Invalid
+from asyncpipe_coordinator.tensor_files import check_tensors
+from asyncpipe_coordinator.tensor_shapes import SUPPORTED, expected_shapes
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """From config.json and generation_config.json."""
+
+    path: Path
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: frozenset[int]
+    dtype: str
+
+
+def resolve_model(name: str | None) -> Path:
+    """A directory for `name`: itself, the bundled model for None, or a hub name's snapshot.
+
+    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are respected. Raises Invalid.
+    """
+    if name is None:
+        return BUNDLED_MODEL
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise Invalid(f"{name} is a file; give the directory that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise Invalid(f"there is no directory {name} (a hub name looks like facebook/opt-125m)")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """The hub's snapshot of `name`, from its cache or over the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+        return path
+    except HFValidationError as error:
+        raise Invalid(f"{name} is neither a directory nor a hub name: {_one_line(error)}") from None
+    except LocalEntryNotFoundError:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise Invalid(f"{name} is not a directory, it is not in the hub's local cache, and {why}") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise Invalid(f"cannot get {name} from the hub: {_one_line(error)}") from None
+
+
+def inspect_model(path: Path) -> ModelInfo:
+    """Read the configuration and check the weight files against it. Raises Invalid with what is wrong and where."""
+    config = _read_config(path)
+    architecture = _architecture(path, config)
+    shapes = expected_shapes(path, config)
+    check_tensors(path, shapes)
+    generation_path = path / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ModelInfo(
+        path=path,
+        architecture=architecture,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        max_context_len=config["max_position_embeddings"],
+        eos_token_ids=frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,)),
+        dtype=_dtype(config),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config_path = path / "config.json"
+    if not path.is_dir():
+        raise Invalid(f"there is no directory {path}")
+    if not config_path.is_file():
+        raise Invalid(f"{path} is not a checkpoint: it has no config.json")
+    return _read_json(config_path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Invalid(f"cannot read {path}: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise Invalid(f"{path} is not a JSON object")
+    return value
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> str:
+    names = config.get("architectures") or []
+    for name in names:
+        if name in SUPPORTED:
+            return str(name)
+    found = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
+    raise Invalid(f"{path}: {found} is not supported; supported: {', '.join(SUPPORTED)}")
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """Newer configurations say `dtype`, older ones `torch_dtype`."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return name if name in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

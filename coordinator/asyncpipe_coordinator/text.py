@@ -1,0 +1,130 @@
+"""Text to tokens, tokens to text as they come, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asyncpipe.errors import Invalid
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+CONTEXT_TOKENS = 6  # tokens before a new one that may change how it is written (spaces, byte sequences)
+
+
+class TextCodec:
+    """A checkpoint's tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> TextCodec:
+        """From tokenizer.json, or from OPT's vocab.json and merges.txt. Raises Invalid."""
+        from tokenizers import Tokenizer
+
+        file = path / "tokenizer.json"
+        try:
+            if file.is_file():
+                return cls(Tokenizer.from_file(str(file)))
+            if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+                return cls(_gpt2_style(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise Invalid(f"cannot read the tokenizer in {path}: {error}") from None
+        raise Invalid(f"{path} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids with the special tokens that the tokenizer adds. Raises Invalid for an empty text."""
+        if not text:
+            raise Invalid("the prompt is empty: give at least one character")
+        return tuple(self._tokenizer.encode(text).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self)
+
+
+class IncrementalDetokenizer:
+    """`push` each token; what it returns, put together with the final `flush`, is the decoded whole.
+
+    A token is decoded behind the few tokens before it, because a tokenizer may write it differently at the start of a text. Text
+    that ends within a character is held back until the character is complete.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._tokens: list[int] = []  # context, then what is not shown yet
+        self._num_context = 0
+        self._context_text = ""
+
+    def push(self, token_id: int) -> str:
+        self._tokens.append(token_id)
+        text = self._codec.decode(self._tokens)
+        if text.endswith(REPLACEMENT) and len(self._tokens) - self._num_context < CONTEXT_TOKENS:
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """The rest, even if its last character is incomplete."""
+        return self._show(self._codec.decode(self._tokens))
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._context_text) :]
+        self._tokens = self._tokens[-CONTEXT_TOKENS:]
+        self._context_text = self._codec.decode(self._tokens)
+        self._num_context = len(self._tokens)
+        return new
+
+
+class StopStrings:
+    """Passes text on, but never a stop string, nor the beginning of what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What may be shown now. Once a stop string is complete, `found` is set and everything from it on is dropped."""
+        if self.found or not self._stops:
+            return "" if self.found else text
+        self._held += text
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            self.found = True
+            shown, self._held = self._held[: min(starts)], ""
+            return shown
+        keep = self._possible_beginning()
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """The text held back, when no more will come."""
+        shown, self._held = self._held, ""
+        return "" if self.found else shown
+
+    def _possible_beginning(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stops)) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+def _gpt2_style(path: Path) -> Tokenizer:
+    """OPT's older checkpoints: byte-level BPE in two files, every text begins with `</s>`."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+
+    base = ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"), add_prefix_space=False)
+    end = base.token_to_id("</s>")
+    tokenizer: Tokenizer = base._tokenizer
+    if end is not None:
+        tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+        tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", end)])
+    return tokenizer

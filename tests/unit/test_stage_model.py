@@ -1,0 +1,187 @@
+"""The arithmetic of stages, chained in one process, against Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncpipe.errors import Invalid
+from asyncpipe.wire.codec import Codec, encode
+from asyncpipe.wire.messages import Delta, Joined, Step, ToStage
+from asyncpipe_workers.stage_model import StageModel
+from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
+
+SPLITS = [(4,), (2, 2), (1, 3), (2, 1, 1), (1, 1, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load_chain(path: Path, split: tuple[int, ...], dtype: str = "float32") -> list[StageModel]:
+    bounds = [sum(split[:stage]) for stage in range(len(split) + 1)]
+    return [
+        StageModel.load(
+            checkpoint=path,
+            first_layer=bounds[stage],
+            last_layer=bounds[stage + 1],
+            num_stages=len(split),
+            stage=stage,
+            dtype=dtype,
+            max_context_len=160,
+        )
+        for stage in range(len(split))
+    ]
+
+
+class Chain:
+    """Stages in a row; each step goes through the wire format between them."""
+
+    def __init__(self, stages: list[StageModel]) -> None:
+        self._stages = stages
+        self._codec: Codec[Step] = Codec(ToStage)
+        self._step = 0
+
+    def __call__(self, delta: Delta, micro_batch: int = 0) -> tuple[int, ...]:
+        message = Step(epoch=1, micro_batch=micro_batch, step=self._step, delta=delta)
+        self._step += 1
+        for stage in self._stages:
+            output = stage.step(self._codec.decode(encode(message)))
+            message = Step(epoch=1, micro_batch=micro_batch, step=message.step, delta=delta, hidden=output.hidden)
+        return output.token_ids
+
+
+def joined(number: int, prompt: list[int], **options: float) -> Joined:
+    return Joined(sequence=number, token_ids=tuple(prompt), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_equal_hugging_face_for_every_split(shape: str, tmp_path: Path) -> None:
+    path = make_opt(tmp_path, shape=shape)
+    prompts = distinct_prompts(6)
+    expected = reference_generate(path, prompts, max_new_tokens=10)
+    assert len({tuple(tokens) for tokens in expected}) >= len(prompts) - 1, "the outputs must tell prompts apart"
+    for split in SPLITS:
+        chain = Chain(load_chain(path, split))
+        tokens = chain(Delta(joined=tuple(joined(n, prompt) for n, prompt in enumerate(prompts))))
+        generated = [[token] for token in tokens]
+        for _ in range(9):
+            tokens = chain(Delta(token_ids=tokens))
+            for sequence, token in zip(generated, tokens, strict=True):
+                sequence.append(token)
+        assert generated == expected, f"split {split}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_within_1e_4_of_hugging_face(shape: str, tmp_path: Path) -> None:
+    from transformers import OPTForCausalLM
+
+    path = make_opt(tmp_path, shape=shape)
+    stage = load_chain(path, (4,))[0]
+    model = OPTForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt = distinct_prompts(3)[2]
+    seen: list[torch.Tensor] = []
+    head = stage._layers.head
+    assert head is not None
+    stage._layers.head = lambda hidden: seen.append(head(hidden)) or seen[-1]  # type: ignore[assignment, func-returns-value]
+    stage.step(Step(epoch=1, micro_batch=0, step=0, delta=Delta(joined=(joined(0, prompt),))))
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    assert seen[0].shape == (1, expected.shape[0]), "only the last position's logits are computed"
+    assert (seen[0][0] - expected).abs().max() < 1e-4
+
+
+def test_sequences_that_join_and_leave_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = make_opt(tmp_path)
+    prompts = distinct_prompts(5, seed=3)
+    expected = reference_generate(path, prompts, max_new_tokens=12)
+    chain = Chain(load_chain(path, (3, 1)))
+    running: list[int] = []
+    got: dict[int, list[int]] = {n: [] for n in range(5)}
+
+    def step(left: tuple[int, ...] = (), joins: tuple[int, ...] = ()) -> None:
+        staying = [n for n in running if n not in left]
+        delta = Delta(
+            left=left,
+            token_ids=tuple(got[n][-1] for n in staying),
+            joined=tuple(joined(n, prompts[n]) for n in joins),
+        )
+        running[:] = [*staying, *joins]
+        for n, token in zip(running, chain(delta), strict=True):
+            got[n].append(token)
+
+    step(joins=(0, 1, 2))
+    step()
+    step(left=(0,), joins=(3,))
+    step()
+    step(left=(2,), joins=(4,))
+    step(left=(1,))
+    step()
+    step(left=(3, 4))
+    assert {n: len(tokens) for n, tokens in got.items()} == {0: 2, 1: 5, 2: 4, 3: 5, 4: 3}
+    assert all(expected[n][: len(tokens)] == tokens for n, tokens in got.items())
+
+
+def test_each_stage_holds_only_its_own_parameters(tmp_path: Path) -> None:
+    path = make_opt(tmp_path)
+    (whole,) = load_chain(path, (4,))
+    first, middle, last = load_chain(path, (1, 2, 1))
+    layer = middle.num_params // 2
+    embeddings = 320 * 32 + 162 * 32
+    assert first.num_params == layer + embeddings
+    assert last.num_params == layer + 320 * 32 + 2 * 32  # the tied head's copy, and the final norm
+    assert whole.num_params == 4 * layer + embeddings + 2 * 32
+    assert whole.param_bytes == 4 * whole.num_params
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_through_two_stages(dtype: str, tmp_path: Path) -> None:
+    path = make_opt(tmp_path, dtype=dtype)
+    tokens = Chain(load_chain(path, (2, 2), dtype))(Delta(joined=(joined(0, [5, 6, 7]), joined(1, [8]))))
+    assert len(tokens) == 2
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "40KB"}, {"safe": False}])
+def test_sharded_and_bin_checkpoints_give_the_same_tokens(options: dict[str, object], tmp_path: Path) -> None:
+    prompts = distinct_prompts(3)
+    results = []
+    for name, extra in (("plain", {}), ("other", options)):
+        path = make_opt(tmp_path / name, **extra)  # type: ignore[arg-type]
+        delta = Delta(joined=tuple(joined(n, prompt) for n, prompt in enumerate(prompts)))
+        results.append(Chain(load_chain(path, (2, 2)))(delta))
+    assert results[0] == results[1]
+
+
+def test_seeded_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
+    path = make_opt(tmp_path)
+    options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 11}
+
+    def run(neighbours: int) -> list[int]:
+        chain = Chain(load_chain(path, (4,)))
+        others = tuple(joined(n, [n + 5, 6], temperature=1.0, seed=n) for n in range(1, neighbours + 1))
+        tokens = chain(Delta(joined=(*others, joined(0, [9, 8, 7], **options))))
+        got = [tokens[-1]]
+        for _ in range(8):
+            tokens = chain(Delta(token_ids=tokens))
+            got.append(tokens[-1])
+        return got
+
+    alone = run(0)
+    assert alone == run(3)
+    assert len(set(alone)) > 2
+
+
+def test_a_delta_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    chain = Chain(load_chain(make_opt(tmp_path), (4,)))
+    chain(Delta(joined=(joined(0, [5, 6]),)))
+    with pytest.raises(Invalid, match="2 tokens for the 1 sequences"):
+        chain(Delta(token_ids=(1, 2)))
+    with pytest.raises(Invalid, match="sequence 7 leaves"):
+        chain(Delta(left=(7,), token_ids=(1,)))
