@@ -18,7 +18,7 @@ from asyncpipe.process import ChildProcess
 from asyncpipe.wire.messages import ServiceAnnouncement, ServiceFailed, ServiceReady
 
 START_TIMEOUT_S = 600.0
-STOP_TERM_S = 10.0
+KILL_AFTER_S = 15.0  # the coordinator stops its own workers first
 USAGE_EXIT = 2
 
 
@@ -85,7 +85,7 @@ async def local(
             async with connect(address, timeout_s=CONTROL_TIMEOUT_S) as client:
                 yield client
         finally:
-            await process.stop(term_after_s=STOP_TERM_S)
+            await process.stop(kill_after_s=KILL_AFTER_S)
 
 
 async def _until_ready(process: ChildProcess, ready: asyncio.Future[str], *, timeout_s: float) -> str:

@@ -11,7 +11,7 @@ _TRANSPORTS: tuple[Transport, ...] = (MemoryTransport(), ZmqTransport())
 
 
 def transport_for(address: str) -> Transport:
-    """Raises Invalid for a scheme that no transport has."""
+    """Raises Invalid for a scheme that no transport has, naming those there are."""
     scheme, separator, rest = address.partition("://")
     for transport in _TRANSPORTS:
         if separator and rest and scheme in transport.schemes:

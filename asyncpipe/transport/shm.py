@@ -270,8 +270,9 @@ def _round_up(size: int) -> int:
 class PeerMemory:
     """The receiver's side: the peer's segments, mapped read-only. `release(region)` is called from the loop."""
 
-    def __init__(self, pid: int, release: Callable[[int], None]) -> None:
+    def __init__(self, pid: int, release: Callable[[int], None], *, max_frames: int) -> None:
         self._pid = pid
+        self._max_frames = max_frames
         self._release = release
         self._loop = asyncio.get_running_loop()
         self._segments: list[mmap.mmap] = []
@@ -297,7 +298,8 @@ class PeerMemory:
 
     def frames(self, received: Sequence[Buffer]) -> list[Buffer]:
         """The message of which `received` is the table and the inline frames. Raises WireError."""
-        if not received or not received[0] or nbytes_of(received[0]) % ENTRY.size:
+        num_bytes = nbytes_of(received[0]) if received else 0
+        if num_bytes % ENTRY.size or not 0 < num_bytes <= self._max_frames * ENTRY.size:
             raise WireError("a message in shared memory needs a table of its regions")
         frames = list(received[1:])
         for entry in map(Entry._make, ENTRY.iter_unpack(received[0])):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from asyncpipe.errors import Broken, Busy
+from asyncpipe.transport.credit import nbytes_of
 from asyncpipe.wire.tensors import Buffer
 
 MAX_MESSAGES_PER_TURN = 128
@@ -78,11 +79,11 @@ class LoopSocket:
         if not self._drain_scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             self._schedule_drain()
 
-    def close(self) -> None:
-        """Stop receiving; what was sent goes out for at most a second more, in the background."""
+    def close(self, *, linger_ms: int = LINGER_MS) -> None:
+        """Stop receiving; what was sent goes out for at most `linger_ms` more, in the background."""
         if not self._socket.closed:
             self._loop.remove_reader(self._fd)
-            self._socket.close(linger=LINGER_MS)
+            self._socket.close(linger=linger_ms)
 
     def receive_all(self) -> None:
         """Hand over everything that has arrived, now, however much it is."""
@@ -94,7 +95,7 @@ class LoopSocket:
         send, last = self._socket.send, len(parts) - 1
         for index, part in enumerate(parts):
             flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-            send(part, flags, copy=len(part) < COPY_BELOW_BYTES and memoryview(part).nbytes < COPY_BELOW_BYTES)
+            send(part, flags, copy=nbytes_of(part) < COPY_BELOW_BYTES)
 
     def _schedule_drain(self) -> None:
         if not self._drain_scheduled:

@@ -29,6 +29,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_CONTEXT_TOKENS)]
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)]
 Name = Annotated[str, Meta(max_length=MAX_PATH_CHARS)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 
 R = TypeVar("R", bound="Message")
@@ -55,7 +56,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
     ignore_eos: bool = False
 
@@ -261,7 +262,7 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     temperature: float = 0.0
     top_k: Count = 0
     top_p: float = 1.0
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -28,7 +28,6 @@ from asyncpipe_coordinator.core.partition import LayerRange
 
 COUNTERS_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 15.0
-STOP_TERM_S = 2.0
 USAGE_EXIT = 2
 
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class WorkerPool:
     async def stop(self) -> None:
         """TERM, then KILL, for every worker at once; returns when all are reaped."""
         self._stopping = True
-        await asyncio.gather(*(worker.process.stop(term_after_s=STOP_TERM_S) for worker in self.workers))
+        await asyncio.gather(*(worker.process.stop() for worker in self.workers))
 
     def on_join(self, join: Join, sender: ActorRef) -> None:
         """Raises Invalid for a worker that was not started here."""
