@@ -51,7 +51,8 @@ class ChildActors(Actor):
         if name in self._processes:
             raise Invalid(f"a child process named {name!r} is running already")
         env = os.environ | {ADDRESS_VARIABLE: self.address, TOKEN_VARIABLE: self.token}
-        up = self._up[name] = asyncio.get_running_loop().create_future()
+        up: asyncio.Future[ActorRef] = asyncio.get_running_loop().create_future()
+        self._up[name] = up
         process = self._processes[name] = await ChildProcess.spawn(argv, env=env, name=name)
         self.background(self._watch(process), name=f"watch {name}")
         try:

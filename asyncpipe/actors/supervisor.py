@@ -45,4 +45,5 @@ class RestartCounter:
         if len(self._crashes_s) >= self._policy.max_restarts:
             return None
         self._crashes_s.append(now_s)
-        return min(self._policy.max_backoff_s, self._policy.backoff_s * 2 ** (len(self._crashes_s) - 1))
+        doubled_s: float = self._policy.backoff_s * 2 ** (len(self._crashes_s) - 1)
+        return min(self._policy.max_backoff_s, doubled_s)

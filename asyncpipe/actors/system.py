@@ -164,7 +164,7 @@ class ActorSystem:
         """
         self._check_open()
         hello = self._hello if token is None else replace(self._hello, token=token)
-        listener = await transport_for(address).listen(address, hello=hello, on_link=self._add_peer, options=self._options)
+        listener = await transport_for(address).listen(address, hello=hello, on_link=self._on_link, options=self._options)
         self._listeners.append(listener)
         return listener.address
 
@@ -244,6 +244,9 @@ class ActorSystem:
     def _check_open(self) -> None:
         if not self._is_open:
             raise Closed(f"actor system {self.name} is not running; use it in `async with`")
+
+    def _on_link(self, link: Link) -> None:
+        self._add_peer(link)
 
     def _add_peer(self, link: Link) -> Peer:
         peer = Peer(self, link, self._on_peer_lost)

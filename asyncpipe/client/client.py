@@ -83,7 +83,8 @@ class Client:
         inbox = self._inboxes.open(message.request_id)
         ended = False
         try:
-            yield await self._coordinator.ask(message, timeout=min(timeout_s, CONTROL_TIMEOUT_S))
+            accepted = await self._coordinator.ask(message, timeout=min(timeout_s, CONTROL_TIMEOUT_S))
+            yield accepted
             async for event in inbox.events(timeout_s=timeout_s):
                 ended = isinstance(event, Finished)
                 yield event

@@ -92,8 +92,9 @@ async def _until_ready(process: ChildProcess, ready: asyncio.Future[str], *, tim
     """The service's address. Raises what it said was wrong, or how its process ended."""
     async with asyncio.TaskGroup() as group:
         exited = group.create_task(process.wait())
+        either: set[asyncio.Future[Any]] = {exited, ready}
         try:
-            await asyncio.wait({exited, ready}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             exited.cancel()
     if ready.done():

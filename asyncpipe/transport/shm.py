@@ -322,7 +322,7 @@ class PeerMemory:
         # Everything made from a view of this array, by numpy, torch or slicing, keeps the array alive: its end is the last.
         array = np.frombuffer(segment, dtype=np.uint8, count=entry.size, offset=entry.offset)
         weakref.finalize(array, self._on_unused, entry.region).atexit = False
-        return memoryview(array)
+        return array.data
 
     def _on_unused(self, region: int) -> None:
         """In whichever thread dropped the last reference."""

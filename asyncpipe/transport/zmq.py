@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -212,7 +211,7 @@ def _offer(address: str, hello: Hello, options: LinkOptions) -> Hello:
 
 
 def _make_socket(kind: int, options: LinkOptions, address: str) -> zmq.Socket[bytes]:
-    socket = cast("zmq.Socket[bytes]", context().socket(kind))
+    socket = context().socket(kind)
     high_water_mark = options.window + options.control_window + SPARE_MESSAGES
     socket.setsockopt(zmq.SNDHWM, high_water_mark)
     socket.setsockopt(zmq.RCVHWM, high_water_mark)

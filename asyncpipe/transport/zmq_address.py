@@ -25,7 +25,7 @@ def bind(to_bind: zmq.Socket[bytes], address: str) -> str:
         if error.errno == zmq.EADDRINUSE:
             raise _in_use(address) from None
         raise Invalid(f"cannot listen at {address}: {error.strerror}") from None
-    return to_bind.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    return str(to_bind.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
 
 
 def remove_socket_file(address: str) -> None:

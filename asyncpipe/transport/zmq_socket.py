@@ -55,7 +55,7 @@ class LoopSocket:
         self._socket = socket
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
-        self._fd = socket.getsockopt(zmq.FD)
+        self._fd = int(socket.getsockopt(zmq.FD))
         self._drain_scheduled = False
         self._loop.add_reader(self._fd, self._drain)
         self._schedule_drain()
@@ -76,7 +76,7 @@ class LoopSocket:
             raise Busy("the transport's buffer for this peer is full") from None
         except zmq.ZMQError as error:
             raise Broken(f"the peer is gone: {error.strerror}") from None
-        if not self._drain_scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not self._drain_scheduled and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._schedule_drain()
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:

@@ -87,7 +87,7 @@ class Tensor:
 
 
 def _byte_view(array: npt.NDArray[Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def resolve(ref: TensorRef, frames: Sequence[Buffer]) -> Tensor:

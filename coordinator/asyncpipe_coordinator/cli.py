@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
@@ -79,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return run(lambda: command(arguments, config))
 
 
-def _command(name: str) -> Callable[..., Awaitable[int]]:
+def _command(name: str) -> Callable[..., Coroutine[Any, Any, int]]:
     if name == "generate":
         from asyncpipe_coordinator.generate import generate
 

@@ -16,7 +16,7 @@ from asyncpipe_coordinator.tensor_files import check_tensors
 from asyncpipe_coordinator.tensor_shapes import SUPPORTED, expected_shapes
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,8 +52,8 @@ class TextCodec:
 class IncrementalDetokenizer:
     """`push` each token; what it returns, put together with the final `flush`, is the decoded whole.
 
-    A token is decoded behind the few tokens before it, because a tokenizer may write it differently at the start of a text. Text
-    that ends within a character is held back until the character is complete.
+    A token is decoded behind the few tokens before it, because a tokenizer may write it differently at the start of a
+    text. Text that ends within a character is held back until the character is complete.
     """
 
     def __init__(self, codec: TextCodec) -> None:

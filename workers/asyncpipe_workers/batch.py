@@ -1,7 +1,7 @@
 """A micro-batch as a stage sees it: its sequences in order, their slots, and the layout of one step.
 
-A step is ragged: first one new token of each sequence that goes on (B of them), then the whole prompts of those that join, end to
-end. Nothing is padded.
+A step is ragged: first one new token of each sequence that goes on (B of them), then the whole prompts of those that join,
+end to end. Nothing is padded.
 """
 
 from __future__ import annotations

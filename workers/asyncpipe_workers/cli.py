@@ -99,7 +99,9 @@ async def work(arguments: argparse.Namespace) -> int:
     async with ActorSystem("worker", role="worker", token=token) as system:
         coordinator = await system.connect(arguments.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
         loader = functools.partial(load_model, device=arguments.device)
-        stage = system.spawn(lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR)
+        stage = system.spawn(
+            lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR
+        )
         address = await system.listen(f"ipc://@asyncpipe-{system.node}")
         join = Join(
             slot=arguments.slot,

@@ -112,7 +112,7 @@ class StageModel:
 def _to_wire(x: torch.Tensor) -> Tensor:
     """Without a copy from CPU memory."""
     x = x.detach().contiguous().cpu()
-    data = memoryview(x.view(torch.uint8).numpy().reshape(-1)) if x.numel() else memoryview(b"")
+    data = memoryview(x.view(torch.uint8).numpy().reshape(-1).data) if x.numel() else memoryview(b"")
     return Tensor(DType(str(x.dtype).removeprefix("torch.")), tuple(x.shape), data)
 
 

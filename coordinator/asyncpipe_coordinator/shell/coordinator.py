@@ -164,10 +164,9 @@ class CoordinatorActor(Actor):
     def _prompt_tokens(self, message: Generate) -> tuple[int, ...]:
         if (message.prompt is None) == (message.prompt_token_ids is None):
             raise Invalid("give either prompt or prompt_token_ids")
-        if message.prompt_token_ids is None:
+        token_ids = message.prompt_token_ids
+        if token_ids is None:
             token_ids = self._codec.encode(message.prompt or "")
-        else:
-            token_ids = message.prompt_token_ids
         check_prompt(token_ids, self._model)
         return token_ids
 

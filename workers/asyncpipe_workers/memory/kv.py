@@ -1,7 +1,7 @@
 """Keys and values of the sequences of one micro-batch, written in place and read without a copy.
 
-Shapes: S slots, H heads, C capacity in tokens, K head size. A sequence owns one slot; the slots in use are always 0..n-1, so that
-all sequences can be attended to in one call over a view of the cache.
+Shapes: S slots, H heads, C capacity in tokens, K head size. A sequence owns one slot; the slots in use are always 0..n-1,
+so that all sequences can be attended to in one call over a view of the cache.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""What the transport tests share: joined links, and a receiver that remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import struct
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import zmq
+
+from asyncpipe.errors import AsyncPipeError
+from asyncpipe.ids import NodeId
+from asyncpipe.transport.base import Delivery, Link, LinkOptions, Listener
+from asyncpipe.transport.credit import Kind
+from asyncpipe.transport.registry import transport_for
+from asyncpipe.wire.handshake import Hello, encode_hello
+
+HEADER = struct.Struct("<BI")  # said again on purpose: the tests pin the format
+SERVER = Hello(node=NodeId("node-s"), role="coordinator")
+CLIENT = Hello(node=NodeId("node-c"), role="worker")
+OPTIONS = LinkOptions(window=4, heartbeat_s=0.1, silence_s=2.0)
+
+
+@dataclass
+class Recorder:
+    """Keeps deliveries; consumes them at once unless told to hold."""
+
+    holds: bool = False
+    deliveries: list[Delivery] = field(default_factory=list)
+    lost: asyncio.Future[AsyncPipeError] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def on_delivery(self, link: Link, delivery: Delivery, /) -> None:
+        self.deliveries.append(delivery)
+        if not self.holds:
+            delivery.done()
+
+    def on_lost(self, link: Link, error: AsyncPipeError, /) -> None:
+        self.lost.set_result(error)  # raises when called twice
+
+    def bodies(self) -> list[list[bytes]]:
+        return [[bytes(frame) for frame in delivery.frames] for delivery in self.deliveries]
+
+    async def has(self, count: int, *, timeout_s: float = 5.0) -> list[list[bytes]]:
+        """The messages, once there are `count` of them."""
+        await until(lambda: len(self.deliveries) >= count, timeout_s=timeout_s)
+        return self.bodies()
+
+
+async def until(condition: Any, *, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def listen(address: str, *, hello: Hello = SERVER, options: LinkOptions = OPTIONS) -> tuple[Listener, list[Link]]:
+    accepted: list[Link] = []
+    listener = await transport_for(address).listen(address, hello=hello, on_link=accepted.append, options=options)
+    return listener, accepted
+
+
+async def connect(address: str, *, hello: Hello = CLIENT, options: LinkOptions = OPTIONS) -> Link:
+    return await transport_for(address).connect(address, hello=hello, options=options)
+
+
+@dataclass
+class Pair:
+    """A link's two ends, and who listens there."""
+
+    listener: Listener
+    ours: Link  # the connector's
+    theirs: Link  # the listener's
+    our_receiver: Recorder
+    their_receiver: Recorder
+
+
+@contextlib.asynccontextmanager
+async def joined(address: str, *, options: LinkOptions = OPTIONS, holds: bool = False) -> AsyncIterator[Pair]:
+    """Two ends that have shaken hands; the listener's end holds its deliveries if `holds`."""
+    listener, accepted = await listen(address, hello=offer(SERVER, options), options=options)
+    try:
+        ours = await connect(listener.address, hello=offer(CLIENT, options), options=options)
+        await until(lambda: accepted)
+        pair = Pair(listener, ours, accepted[0], Recorder(), Recorder(holds=holds))
+        pair.ours.start(pair.our_receiver)
+        pair.theirs.start(pair.their_receiver)
+        yield pair
+        await ours.close()
+    finally:
+        await listener.close()
+
+
+def offer(hello: Hello, options: LinkOptions) -> Hello:
+    return replace(hello, window=options.window, max_frame_bytes=options.max_frame_bytes)
+
+
+def free_name() -> str:
+    return f"asyncpipe-test-{secrets.token_hex(6)}"
+
+
+class Stranger:
+    """A raw DEALER that says whatever it likes."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.connect(address)
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def say(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def say_hello(self, hello: Hello = CLIENT) -> None:
+        self.say(HEADER.pack(Kind.HELLO, 0), encode_hello(hello))
+
+    async def hear(self, kind: Kind, *, timeout_s: float = 5.0) -> Sequence[bytes]:
+        """The frames after the header of the next message of this kind."""
+        heard: list[list[bytes]] = []
+
+        def arrived() -> bool:
+            while self._socket.poll(0):
+                heard.append(self._socket.recv_multipart())
+            return any(message[0][0] == kind for message in heard)
+
+        await until(arrived, timeout_s=timeout_s)
+        return next(message[1:] for message in heard if message[0][0] == kind)
