@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -50,7 +51,11 @@ class ChildActors(Actor):
     async def start(self, argv: Sequence[str], *, name: str, timeout_s: float) -> ActorRef:
         if name in self._processes:
             raise Invalid(f"a child process named {name!r} is running already")
-        env = os.environ | {ADDRESS_VARIABLE: self.address, TOKEN_VARIABLE: self.token}
+        env = os.environ | {
+            ADDRESS_VARIABLE: self.address,
+            TOKEN_VARIABLE: self.token,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the child imports what we can import
+        }
         up: asyncio.Future[ActorRef] = asyncio.get_running_loop().create_future()
         self._up[name] = up
         process = self._processes[name] = await ChildProcess.spawn(argv, env=env, name=name)

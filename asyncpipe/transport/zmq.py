@@ -20,7 +20,7 @@ from asyncpipe.errors import AsyncPipeError, Invalid, Refused, Timeout, WireErro
 from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport
 from asyncpipe.transport.credit import Kind, offer
 from asyncpipe.transport.shm import proof
-from asyncpipe.transport.zmq_address import bind, remove_socket_file
+from asyncpipe.transport.zmq_address import bind, check_port, remove_socket_file
 from asyncpipe.transport.zmq_link import Heart, ZmqLink, header_kind, only_frame, plain
 from asyncpipe.transport.zmq_socket import LINGER_MS, LoopSocket, context
 from asyncpipe.wire.handshake import Hello, check_hello, decode_hello, decode_refusal, encode_hello, encode_refusal
@@ -119,6 +119,7 @@ class _Connector:
         self._link: ZmqLink | None = None
         self._heart: Heart | None = None
         self._answer: asyncio.Future[ZmqLink] = asyncio.get_running_loop().create_future()
+        check_port(address)
         socket = _make_socket(zmq.DEALER, options, address)
         try:
             # The monitor comes first: its events must not miss the connection's end.

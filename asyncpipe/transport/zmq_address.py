@@ -13,10 +13,12 @@ import zmq
 from asyncpipe.errors import Invalid
 
 LOOPBACK_NAMES = frozenset({"localhost", "lo"})
+MAX_PORT = 65_535
 
 
 def bind(to_bind: zmq.Socket[bytes], address: str) -> str:
     """Bind, and return the address with its real port. Raises Invalid."""
+    check_port(address)
     _check_may_bind(address)
     _check_socket_path(address)
     try:
@@ -35,11 +37,18 @@ def remove_socket_file(address: str) -> None:
             path.unlink()
 
 
+def check_port(address: str) -> None:
+    """ZeroMQ would take the port modulo 65,536. Raises Invalid."""
+    scheme, _, rest = address.partition("://")
+    port = rest.rpartition(":")[2]
+    if scheme == "tcp" and port != "*" and not (port.isascii() and port.isdigit() and int(port) <= MAX_PORT):
+        raise Invalid(f"{address} needs a port, tcp://HOST:PORT with PORT from 0 to {MAX_PORT}")
+
+
 def _check_may_bind(address: str) -> None:
     """Keys are not spoken yet, so nothing but this machine may reach us."""
     scheme, _, rest = address.partition("://")
-    host, _, _ = rest.rpartition(":")
-    if scheme == "tcp" and not _is_loopback(host):
+    if scheme == "tcp" and not _is_loopback(rest.rpartition(":")[0]):
         raise Invalid(f"{address} can be reached from other machines, which needs CURVE keys; bind tcp://127.0.0.1:PORT")
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import zmq
+import zmq.utils.garbage  # here, so that its exit handler, which frees what is being sent, runs after ours
 
 from asyncpipe.errors import Broken, Busy
 from asyncpipe.transport.credit import nbytes_of

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.service import Service
 
 from asyncpipe import Client, Invalid, connect
 from asyncpipe.wire.messages import FinishReason
+from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.service import Service
 from tests.checkpoints import distinct_prompts, make_opt, reference_generate
 from tests.support import run
 

@@ -288,9 +288,7 @@ def test_abort_ends_a_link_with_the_given_error_and_the_peer_notices(case: Case)
 
 def test_a_wrong_token_is_refused_and_the_right_one_is_not(case: Case) -> None:
     async def scenario() -> None:
-        listener, accepted = await listen(
-            case.new_address(), hello=replace(SERVER, token="secret"), options=case.options
-        )
+        listener, accepted = await listen(case.new_address(), hello=replace(SERVER, token="secret"), options=case.options)
         for token in ("", "guess"):
             with pytest.raises(Refused, match="wrong or missing token"):
                 await connect(listener.address, hello=replace(CLIENT, token=token), options=case.options)

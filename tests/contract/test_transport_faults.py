@@ -63,9 +63,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 @contextlib.asynccontextmanager
 async def child(role: str, address: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD, role, address, stdout=asyncio.subprocess.PIPE
-    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, role, address, stdout=asyncio.subprocess.PIPE)
     try:
         yield process
     finally:
@@ -227,7 +225,7 @@ def test_garbage_after_hello_ends_that_link_only_and_is_logged_once(
                 error = await asyncio.wait_for(receiver.lost, 5)
                 assert isinstance(error, WireError) and complaint in str(error)
                 assert complaint in decode_refusal((await stranger.hear(Kind.REFUSE))[0])
-                stranger.say(*frames)
+                stranger.say(HEADER.pack(Kind.DATA, 0), b"it goes on talking")
                 await stranger.hear(Kind.REFUSE)
 
     with caplog.at_level(logging.WARNING):
