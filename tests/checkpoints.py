@@ -35,7 +35,7 @@ def make_opt(
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
-    tokenizer = _save_tokenizer(directory)
+    tokenizer = save_tokenizer(directory)
     fields = {
         "vocab_size": tokenizer,
         "hidden_size": 32,
@@ -62,7 +62,7 @@ def make_opt(
     return directory
 
 
-def _save_tokenizer(directory: Path) -> int:
+def save_tokenizer(directory: Path) -> int:
     """Byte-level BPE with OPT's special ids; returns the vocabulary's size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -5,6 +5,7 @@ from asyncpipe.actors.mailbox import MailboxStatistics
 from asyncpipe.actors.ref import ActorRef
 from asyncpipe.actors.supervisor import RestartPolicy
 from asyncpipe.actors.system import ActorSystem, SystemStatistics
+from asyncpipe.actors.transfers import TensorPort
 
 __all__ = [
     "Actor",
@@ -14,4 +15,5 @@ __all__ = [
     "MailboxStatistics",
     "RestartPolicy",
     "SystemStatistics",
+    "TensorPort",
 ]

@@ -121,12 +121,13 @@ class _Connector:
         self._answer: asyncio.Future[ZmqLink] = asyncio.get_running_loop().create_future()
         check_port(address)
         socket = _make_socket(zmq.DEALER, options, address)
+        # The monitor comes first: its events must not miss the connection's end.
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            # The monitor comes first: its events must not miss the connection's end.
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.disable_monitor()
+            monitor.close(linger=0)
             socket.close(linger=0)
             raise Invalid(f"cannot connect to {address}: {error.strerror}") from None
         self._monitor = LoopSocket(monitor, self._on_event)
@@ -149,8 +150,9 @@ class _Connector:
         if self._heart is not None:
             self._heart.stop()
         if self._socket.is_open:
-            self._monitor.close()
+            # In this order: ZeroMQ would wait for ever to tell a closed monitor of a last event.
             self._socket.raw.disable_monitor()
+            self._monitor.close(linger_ms=0)
             self._socket.close(linger_ms=LINGER_MS if self._link is not None else 0)
 
     def _on_message(self, parts: list[Buffer]) -> None:

@@ -132,6 +132,6 @@ class LoopSocket:
         receive = self._socket.recv
         while True:
             frame = receive(zmq.NOBLOCK, copy=False)
-            parts.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer)
+            parts.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer.toreadonly())
             if not frame.more:
                 return parts

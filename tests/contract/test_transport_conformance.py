@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from asyncpipe.errors import Broken, Busy, Closed, Invalid, Refused, Timeout
-from asyncpipe.transport.base import Lane, LinkOptions
+from asyncpipe.transport.base import Lane, Link, LinkOptions, Listener
 from asyncpipe.transport.registry import transport_for
+from asyncpipe.wire.tensors import Buffer
 from tests.contract.transport_peers import (
     CLIENT,
     OPTIONS,
@@ -33,6 +34,8 @@ class Case:
     options: LinkOptions = OPTIONS
 
 
+TOKEN = "only-for-tests"
+
 CASES = {
     "memory": Case(lambda: f"memory://{free_name()}"),
     "inproc": Case(lambda: f"inproc://{free_name()}"),
@@ -42,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
@@ -193,8 +196,7 @@ def test_control_without_end_is_busy_and_memory_stays_bounded(case: Case) -> Non
         options = replace(case.options, control_window=50)
         async with joined(case.new_address(), options=options) as pair:
             with pytest.raises(Busy):
-                for _ in range(200_000):  # the loop never turns, so that nobody receives
-                    pair.ours.send_control([b"x" * 1000])
+                send_control_for_ever(pair.ours)
             sent = pair.ours.statistics().sent_messages
             assert sent < 20_000
             await pair.their_receiver.has(sent)
@@ -202,6 +204,11 @@ def test_control_without_end_is_busy_and_memory_stays_bounded(case: Case) -> Non
             await pair.their_receiver.has(sent + 1)
 
     run(scenario())
+
+
+def send_control_for_ever(link: Link) -> None:
+    for _ in range(200_000):  # the loop never turns, so that nobody receives
+        link.send_control([b"x" * 1000])
 
 
 def test_waiting_senders_are_served_in_order_and_a_cancelled_one_loses_no_credit(case: Case) -> None:
@@ -288,12 +295,12 @@ def test_abort_ends_a_link_with_the_given_error_and_the_peer_notices(case: Case)
 
 def test_a_wrong_token_is_refused_and_the_right_one_is_not(case: Case) -> None:
     async def scenario() -> None:
-        listener, accepted = await listen(case.new_address(), hello=replace(SERVER, token="secret"), options=case.options)
+        listener, accepted = await listen(case.new_address(), hello=replace(SERVER, token=TOKEN), options=case.options)
         for token in ("", "guess"):
             with pytest.raises(Refused, match="wrong or missing token"):
                 await connect(listener.address, hello=replace(CLIENT, token=token), options=case.options)
         assert accepted == []
-        link = await connect(listener.address, hello=replace(CLIENT, token="secret"), options=case.options)
+        link = await connect(listener.address, hello=replace(CLIENT, token=TOKEN), options=case.options)
         assert link.remote.node == "node-s"
         await link.close()
         await listener.close()
@@ -346,7 +353,7 @@ def test_the_connector_may_come_first(case: Case) -> None:
     run(scenario())
 
 
-async def listen_when_free(address: str, options: LinkOptions):  # type: ignore[no-untyped-def]
+async def listen_when_free(address: str, options: LinkOptions) -> tuple[Listener, list[Link]]:
     """A socket closed a moment ago is given back in the background."""
     deadline_s = time.monotonic() + 5
     while True:
@@ -365,7 +372,8 @@ def test_what_the_peer_cannot_take_is_a_local_mistake(case: Case) -> None:
     async def scenario() -> None:
         options = replace(case.options, max_frame_bytes=1000, max_frames=3)
         async with joined(case.new_address(), options=options) as pair:
-            for frames in ([], [b"x"] * 4, [b"x" * 1001], [b"ok", memoryview(b"y" * 2000)]):
+            too_much: list[list[Buffer]] = [[], [b"x"] * 4, [b"x" * 1001], [b"ok", memoryview(b"y" * 2000)]]
+            for frames in too_much:
                 with pytest.raises(Invalid):
                     await pair.ours.send(frames, timeout_s=1)
                 with pytest.raises(Invalid):

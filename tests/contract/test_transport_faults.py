@@ -94,10 +94,8 @@ async def link_to_child(role: str, address: str) -> AsyncIterator[tuple[Link, as
 
 @pytest.mark.parametrize("scheme", ["ipc", "tcp"])
 @pytest.mark.parametrize("role", ["connect", "listen"])
-@pytest.mark.parametrize(
-    ("death", "within_s"), [(signal.SIGKILL, SILENT_AFTER_S + 1.0), (signal.SIGSTOP, SILENT_AFTER_S + 1.0)]
-)
-def test_a_killed_or_stopped_peer_is_broken_in_time(scheme: str, role: str, death: int, within_s: float) -> None:
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stopped_peer_is_broken_in_time(scheme: str, role: str, death: signal.Signals) -> None:
     async def scenario() -> None:
         address = f"ipc://@{free_name()}" if scheme == "ipc" else "tcp://127.0.0.1:0"
         async with link_to_child(role, address) as (link, process):
@@ -106,7 +104,7 @@ def test_a_killed_or_stopped_peer_is_broken_in_time(scheme: str, role: str, deat
             await asyncio.sleep(0.25)
             assert link.is_open
             process.send_signal(death)
-            error = await asyncio.wait_for(receiver.lost, within_s)
+            error = await asyncio.wait_for(receiver.lost, SILENT_AFTER_S + 2.0)
             assert isinstance(error, Broken)
             assert ("silent for" in str(error)) == (death == signal.SIGSTOP)
 
@@ -142,6 +140,30 @@ def test_idle_links_stay_up() -> None:
         async with joined("tcp://127.0.0.1:0", options=options) as pair:
             await asyncio.sleep(0.8)
             assert pair.ours.is_open and pair.theirs.is_open
+
+    run(scenario())
+
+
+def test_closing_while_the_peer_closes_never_hangs() -> None:
+    async def scenario() -> None:
+        listener, accepted = await listen(f"ipc://@{free_name()}")
+        for _ in range(200):
+            link = await connect(listener.address)
+            await until(lambda: accepted)
+            await asyncio.gather(accepted.pop().close(), link.close())
+        await listener.close()
+
+    run(scenario())
+
+
+def test_closing_while_the_listener_goes_away_never_hangs() -> None:
+    async def scenario() -> None:
+        for _ in range(30):
+            listener, _ = await listen(f"ipc://@{free_name()}")
+            link = await connect(listener.address)
+            await listener.close()
+            time.sleep(0.001)  # noqa: ASYNC251 - so that ZeroMQ's thread closes first
+            await link.close()
 
     run(scenario())
 
@@ -362,11 +384,11 @@ def test_nothing_is_left_open_after_many_links(scheme: str) -> None:
 
     async def scenario() -> None:
         await use_one_link()
-        num_fds, shm_files = num_open_files(), set(os.listdir("/dev/shm"))
+        num_fds, shm_files = num_open_files(), named_shared_memory()
         for _ in range(5):
             await use_one_link()
         await until(lambda: num_open_files() <= num_fds)  # ZeroMQ closes in the background
-        assert set(os.listdir("/dev/shm")) <= shm_files
+        assert named_shared_memory() <= shm_files
 
     run(scenario())
 
@@ -374,7 +396,7 @@ def test_nothing_is_left_open_after_many_links(scheme: str) -> None:
 @pytest.mark.parametrize("reason", ["refused", "nobody there"])
 def test_a_failed_connection_leaves_nothing_open(reason: str) -> None:
     async def scenario() -> None:
-        listener, _ = await listen("tcp://127.0.0.1:0", hello=replace(SERVER, token="secret"))
+        listener, _ = await listen("tcp://127.0.0.1:0", hello=replace(SERVER, token=SERVER.node))
         address = listener.address if reason == "refused" else f"ipc://@{free_name()}"
 
         async def fail() -> None:
@@ -414,6 +436,10 @@ asyncio.run(main())
         await listener.close()
 
     run(scenario(), timeout_s=40)
+
+
+def named_shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
 
 
 def num_open_files() -> int:

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import secrets
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import zmq
 
@@ -50,7 +49,7 @@ class Recorder:
         return self.bodies()
 
 
-async def until(condition: Any, *, timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.001)
