@@ -1,11 +1,11 @@
 """Tagged tensor transfers as futures: what isend and irecv do in MPI, without an order that could deadlock.
 
-    port = TensorPort(timeout_s=10)
-    system.spawn(lambda: port, name="tensors")
-    port.connect(peer)                      # a reference to the other side's port
+port = TensorPort(timeout_s=10)
+system.spawn(lambda: port, name="tensors")
+port.connect(peer)                      # a reference to the other side's port
 
-    sent = port.send(7, tensor)             # a future: the transport has it
-    tensor = await port.recv(7)             # whichever comes first, the call or the tensor
+sent = port.send(7, tensor)             # a future: the transport has it
+tensor = await port.recv(7)             # whichever comes first, the call or the tensor
 """
 
 from __future__ import annotations
