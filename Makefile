@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
-PROMPT ?= import os
+PROMPT ?= def 
 STAGES ?= 2
 
 .PHONY: run test setup check format clean test-gpu
 .DELETE_ON_ERROR:
 
 run: $(STAMP)  ## set up, then generate text with the bundled model on two stages
-	@$(BIN)/asyncpipe-coordinator generate --stages $(STAGES) --prompt '$(PROMPT)' --max-new-tokens 96
+	@$(BIN)/asyncpipe-coordinator generate --stages $(STAGES) --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.7 --seed 3
 
 test: $(STAMP)  ## set up, then run every test
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup

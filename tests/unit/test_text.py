@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from asyncpipe_coordinator.text import StopStrings, TextCodec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
+from asyncpipe_coordinator.text import StopStrings, TextCodec
 from tests.checkpoints import save_tokenizer
 
 
