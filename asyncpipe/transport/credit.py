@@ -254,8 +254,12 @@ class CreditedLink(Link):
         try:
             self._transmit(kind, value=value, frames=frames)
         except Broken as error:
-            self._finish(error)
+            self._on_unreachable(error)
             raise
+
+    def _on_unreachable(self, error: Broken) -> None:
+        """The peer cannot be sent to any more."""
+        self._finish(error)
 
     async def _take_credit(self, timeout_s: float) -> None:
         if self._credits > 0 and not self._waiters:

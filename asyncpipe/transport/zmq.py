@@ -96,6 +96,7 @@ class ZmqListener(Listener):
             remote=remote,
             options=self._options,
             out=lambda parts: self._socket.send([identity, *parts]),
+            receive_all=self._socket.receive_all,
             forget=lambda: self._forget(identity),
         )
         link.share_memory()
@@ -175,6 +176,7 @@ class _Connector:
             remote=decode_hello(bytes(only_frame(parts[1:]))),
             options=self._options,
             out=self._socket.send,
+            receive_all=self._socket.receive_all,
             forget=self.close,
         )
         self._heart = Heart(lambda: (link,), period_s=self._options.heartbeat_s)

@@ -23,9 +23,19 @@ Out = Callable[[list[Buffer]], None]
 class ZmqLink(CreditedLink):
     """A link over somebody's socket: `out` sends to the peer, `forget` is called at the end."""
 
-    def __init__(self, *, local: Hello, remote: Hello, options: LinkOptions, out: Out, forget: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        local: Hello,
+        remote: Hello,
+        options: LinkOptions,
+        out: Out,
+        receive_all: Callable[[], None],
+        forget: Callable[[], None],
+    ) -> None:
         super().__init__(local=local, remote=remote, options=options)
         self._out = out
+        self._receive_all = receive_all
         self._forget = forget
         self._heard_at_s = self._loop.time()
         self._has_sent = False
@@ -75,6 +85,15 @@ class ZmqLink(CreditedLink):
         else:
             self._out([HEADER.pack(kind, value), *frames])
         self._has_sent = True
+
+    def _on_unreachable(self, error: Broken) -> None:
+        """A peer that has left may have said something first, which has arrived and is not read yet."""
+        self._loop.call_soon(self._finish_after_reading, error)
+
+    def _finish_after_reading(self, error: Broken) -> None:
+        if self.is_open:
+            self._receive_all()
+            self._finish(error)
 
     def _dispatch(self, kind: int, value: int, frames: Sequence[Buffer]) -> None:
         match kind:

@@ -77,8 +77,8 @@ class LoopSocket:
             raise Busy("the transport's buffer for this peer is full") from None
         except zmq.ZMQError as error:
             raise Broken(f"the peer is gone: {error.strerror}") from None
-        if not self._drain_scheduled and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._schedule_drain()
+        finally:
+            self._look_again()
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
         """Stop receiving; what was sent goes out for at most `linger_ms` more, in the background."""
@@ -97,6 +97,11 @@ class LoopSocket:
         for index, part in enumerate(parts):
             flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
             send(part, flags, copy=nbytes_of(part) < COPY_BELOW_BYTES)
+
+    def _look_again(self) -> None:
+        """Sending, failed or not, may have swallowed the wake-up for a message that has arrived."""
+        if not self._drain_scheduled and self.is_open and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._schedule_drain()
 
     def _schedule_drain(self) -> None:
         if not self._drain_scheduled:
