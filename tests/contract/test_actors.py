@@ -93,8 +93,9 @@ def test_a_full_mailbox_holds_tells_back_and_control_passes(scheme: str) -> None
             with pytest.raises(Busy):
                 ref.tell_nowait(Note(value=-1))
             ref.signal(Note(value=1000))
+            await asyncio.sleep(0.05)  # for the signal to arrive behind the data
             actor.gate.set()
-            await asyncio.sleep(0.1)
+            await until(lambda: len(actor.notes) == accepted + 1)
             assert actor.notes.index(1000) == 1, "the control lane is read before data that came first"
             assert actor.notes[0] == 0
             assert sorted(actor.notes) == [*range(accepted), 1000]
