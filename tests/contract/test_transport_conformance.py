@@ -340,9 +340,11 @@ def test_an_address_in_use_is_a_clear_mistake(case: Case) -> None:
 
 def test_the_connector_may_come_first(case: Case) -> None:
     async def scenario() -> None:
-        probe, _ = await listen(case.new_address(), options=case.options)
-        address = probe.address
-        await probe.close()
+        address = case.new_address()
+        if address.startswith("tcp://"):  # whose address is known only once a port has been given
+            probe, _ = await listen(address, options=case.options)
+            address = probe.address
+            await probe.close()
         connecting = asyncio.create_task(connect(address, options=case.options))
         await asyncio.sleep(0.05)
         listener, _ = await listen_when_free(address, case.options)

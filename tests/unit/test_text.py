@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
@@ -23,6 +23,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(min_size=1, max_size=40))
 def test_pieces_add_up_to_the_whole_text(codec: TextCodec, text: str) -> None:
+    assume(not any(special in text for special in ("<s>", "<pad>", "</s>", "<unk>")))
     token_ids = codec.encode(text)[1:]
     detokenizer = codec.detokenizer()
     pieces = [detokenizer.push(token_id) for token_id in token_ids]
