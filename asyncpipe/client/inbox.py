@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor, ActorRef, Down
 from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, Timeout, from_data
-from asyncpipe.wire.messages import CoordinatorToClient, Failed, Finished, Piece
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, CoordinatorToClient, Failed, Finished, Piece
 
 MAX_OPEN_REQUESTS = 4096
+MAX_EVENTS = MAX_CONTEXT_TOKENS + 2  # no request has more: a piece a token, and its end, twice if the coordinator is lost
 
 Event = Piece | Finished
 
@@ -20,7 +21,7 @@ class Inbox:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._events: asyncio.Queue[Event | AsyncPipeError] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | AsyncPipeError] = asyncio.Queue(MAX_EVENTS)
 
     def put(self, event: Event | AsyncPipeError) -> None:
         self._events.put_nowait(event)

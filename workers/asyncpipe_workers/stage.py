@@ -182,6 +182,8 @@ def load_model(plan: LoadStage, *, device: str) -> StageCompute:
 
     from asyncpipe_workers.stage_model import StageModel
 
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise Invalid(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
     if plan.num_threads:
         torch.set_num_threads(plan.num_threads)
     try:
