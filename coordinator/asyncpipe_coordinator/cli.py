@@ -17,6 +17,7 @@ from asyncpipe_coordinator.options import Parser, add_model_options, add_samplin
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 DEFAULT_BIND = "tcp://127.0.0.1:5550"
 
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AsyncPipeError as error:
         print(f"asyncpipe-coordinator: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except KeyboardInterrupt:  # before the event loop took over the signal
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left; point stdout elsewhere so that its flush at exit does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

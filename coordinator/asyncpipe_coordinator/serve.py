@@ -21,10 +21,9 @@ ANNOUNCE_TIMEOUT_S = 10.0
 async def serve(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     """Serve until stopped (SIGINT, SIGTERM), or until the pipeline is lost for good."""
     try:
-        async with Service.open(config) as service:
-            address = await service.listen(arguments.bind)
-            await _announce(arguments.announce, ServiceReady(address=address))
-            _say_ready(service, address, as_json=arguments.json, quiet=bool(arguments.announce))
+        async with Service.open(config, bind=arguments.bind) as service:
+            await _announce(arguments.announce, ServiceReady(address=service.address))
+            _say_ready(service, as_json=arguments.json, quiet=bool(arguments.announce))
             await service.run()
     except AsyncPipeError as error:
         with contextlib.suppress(AsyncPipeError):
@@ -33,14 +32,14 @@ async def serve(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     return 0
 
 
-def _say_ready(service: Service, address: str, *, as_json: bool, quiet: bool) -> None:
+def _say_ready(service: Service, *, as_json: bool, quiet: bool) -> None:
     if as_json:
-        ready = {"address": address, "model": str(service.config.checkpoint), "stages": service.config.num_stages}
+        ready = {"address": service.address, "model": str(service.config.checkpoint), "stages": service.config.num_stages}
         print(msgspec.json.encode(ready).decode(), flush=True)
     elif not quiet:
         print(
-            f"serving {service.config.checkpoint.name} on {service.config.num_stages} stages at {address}\n"
-            f'connect: asyncpipe.connect("{address}")   stop: Ctrl-C',
+            f"serving {service.config.checkpoint.name} on {service.config.num_stages} stages at {service.address}\n"
+            f'connect: asyncpipe.connect("{service.address}")   stop: Ctrl-C',
             file=sys.stderr,
             flush=True,
         )

@@ -1,8 +1,7 @@
 """A running coordinator: its actors, its workers, its addresses, from start to stop.
 
-async with Service.open(config) as service:
-    address = await service.listen("tcp://127.0.0.1:5550")
-    await service.run()           # until the pipeline is lost for good
+async with Service.open(config, bind="tcp://127.0.0.1:5550") as service:
+    await service.run()  # until the pipeline is lost for good
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ class Service:
     def __init__(self, config: ServiceConfig, *, system: ActorSystem, token: str, on_progress: OnProgress) -> None:
         self.config = config
         self.model: ModelInfo = inspect_model(config.checkpoint)
+        self.address = ""  # where clients connect, when `open` was given one
         self._layers = split_layers(self.model.num_layers, config.num_stages, config.split)
         self._system = system
         self._token = token
@@ -60,8 +60,10 @@ class Service:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, config: ServiceConfig, *, on_progress: OnProgress = lambda _: None) -> AsyncIterator[Service]:
-        """Start the workers and load the model.
+    async def open(
+        cls, config: ServiceConfig, *, bind: str | None = None, on_progress: OnProgress = lambda _: None
+    ) -> AsyncIterator[Service]:
+        """Start the workers and load the model. Clients may connect to `bind` from the start; their requests wait.
 
         Raises Invalid for a bad model or split, StageLost for a worker that died, Timeout for one that is too slow. On exit
         every worker process is stopped and reaped.
@@ -70,6 +72,8 @@ class Service:
         async with ActorSystem("coordinator", role="coordinator", token=token) as system:
             service = cls(config, system=system, token=token, on_progress=on_progress)
             try:
+                if bind is not None:
+                    service.address = await service.listen(bind)
                 await service._start_pool()
                 service._actor.background(service._tick(), name="tick")
                 yield service
