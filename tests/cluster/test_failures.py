@@ -24,7 +24,7 @@ MUST_HEAR_WITHIN_S = 5.0
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_opt(tmp_path_factory.mktemp("model"), max_positions=2048)
+    return make_opt(tmp_path_factory.mktemp("model"), max_positions=16_384)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -76,7 +76,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_behind(checkpoint: Path) -> None:
     """From the first import to the last token: 16 moments, spread over the life of the command."""
     generator = random.Random(5)
     command = [sys.executable, "-m", "asyncpipe_coordinator", "generate", str(checkpoint), "--stages", "2"]
-    command += ["--prompt", "to be", "--max-new-tokens", "1500", "--ignore-eos", "--quiet"]
+    command += ["--prompt", "to be", "--max-new-tokens", "16000", "--ignore-eos", "--quiet"]
     for moment in range(16):
         delay_s = 0.25 * moment + generator.random() * 0.25
         marker = f"asyncpipe-test-{os.getpid()}-{moment}"
