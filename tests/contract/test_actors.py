@@ -156,6 +156,7 @@ def test_a_lost_system_breaks_asks_and_is_told_to_watchers(scheme: str) -> None:
             with pytest.raises((Closed, Broken)):
                 await ask
             await until(lambda: bool(watcher.downs))
+            await until(lambda: not here.statistics().links)
             with pytest.raises(Broken):
                 await ref.tell(Note(value=1), timeout=1)
 
