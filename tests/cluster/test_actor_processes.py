@@ -130,12 +130,19 @@ def test_cancelling_at_any_moment_leaves_no_child_process() -> None:
     async def scenario() -> list[int]:
         pids: list[int] = []
         for moment in range(10):
-            task = asyncio.ensure_future(busy(pids))
-            await asyncio.sleep(0.07 * moment)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel_after(asyncio.ensure_future(busy(pids)), 0.07 * moment)
+        task = asyncio.ensure_future(busy(pids))  # and once while it surely runs
+        async with asyncio.timeout(20):
+            while not pids:
+                await asyncio.sleep(0.01)
+        await cancel_after(task, 0.0)
         return pids
+
+    async def cancel_after(task: asyncio.Future[None], seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     pids = set(run(scenario(), timeout_s=60))
     assert pids
