@@ -6,7 +6,7 @@
 The actor runtime by itself is in `asyncpipe.actors`.
 """
 
-from asyncpipe.client import Client, Generation, TextPiece, TextStream, connect, local
+from asyncpipe.client import Choice, Client, Generation, TextPiece, TextStream, connect, local
 from asyncpipe.errors import (
     AsyncPipeError,
     Broken,
@@ -26,6 +26,7 @@ __all__ = [
     "AsyncPipeError",
     "Broken",
     "Busy",
+    "Choice",
     "Client",
     "Closed",
     "Generation",

@@ -11,7 +11,7 @@ from msgspec import Meta
 from asyncpipe.errors import ErrorData, Invalid
 from asyncpipe.ids import MAX_ID_CHARS
 from asyncpipe.wire.codec import Codec
-from asyncpipe.wire.messages import Message, Request
+from asyncpipe.wire.fields import Message, Request
 
 NameText = Annotated[str, Meta(max_length=MAX_ID_CHARS)]
 Correlation = Annotated[int, Meta(ge=0, le=2**53)]

@@ -12,7 +12,7 @@ from asyncpipe.actors.actor import Actor
 from asyncpipe.actors.ref import ActorRef
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, Timeout
 from asyncpipe.process import ChildProcess
-from asyncpipe.wire.messages import Id, Message, Request
+from asyncpipe.wire.fields import Id, Message, Request
 
 NURSERY_ACTOR = "nursery"
 ADDRESS_VARIABLE = "ASYNCPIPE_PARENT_ADDRESS"

@@ -6,7 +6,7 @@ import contextvars
 from typing import Any, Protocol, TypeVar
 
 from asyncpipe.ids import ActorName, NodeId
-from asyncpipe.wire.messages import Message, Request
+from asyncpipe.wire.fields import Message, Request
 
 R = TypeVar("R", bound=Message)
 

@@ -20,7 +20,7 @@ from msgspec import Meta
 from asyncpipe.actors.actor import Actor, Down
 from asyncpipe.actors.ref import ActorRef
 from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, Timeout, from_data
-from asyncpipe.wire.messages import Message
+from asyncpipe.wire.fields import Message
 from asyncpipe.wire.tensors import Tensor
 
 Tag = int

@@ -46,14 +46,17 @@ class Client:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
+        priority: int = 0,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Generate from a text, or from token ids, and wait for all of it. See `SamplingOptions` for the rest.
 
+        Requests of a higher `priority` leave the coordinator's waiting queue first.
+
         Raises Invalid (bad parameters, prompt too long), Busy (the coordinator's queue is full), StageLost (a worker died),
         Broken (the coordinator died), Timeout (not finished within `timeout_s`).
         """
-        stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, **sampling)
+        stream = self.stream(prompt, timeout_s=timeout_s, request_id=request_id, priority=priority, **sampling)
         async for _ in stream:
             pass
         return stream.result
@@ -64,11 +67,13 @@ class Client:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
+        priority: int = 0,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
         """Like `generate`, token by token: `async for piece in client.stream(…)`. Errors are raised by the loop."""
-        message = _generate(prompt, request_id=request_id, deadline_s=timeout_s, options=sampling)
-        return TextStream(message.request_id, self._events(message, timeout_s=timeout_s))
+        message = _generate(prompt, request_id=request_id, priority=priority, deadline_s=timeout_s, options=sampling)
+        events = self._events(message, timeout_s=timeout_s)
+        return TextStream(message.request_id, events, num_choices=message.sampling.n)
 
     async def cancel(self, request_id: str) -> None:
         """End a request of this client; it finishes with reason `cancelled`. An unknown id is ignored."""
@@ -80,27 +85,30 @@ class Client:
 
     async def _events(self, message: Generate, *, timeout_s: float) -> AsyncGenerator[Accepted | Event, None]:
         """A request from its start to its end; whatever leaves it early cancels it."""
-        inbox = self._inboxes.open(message.request_id)
-        ended = False
+        inbox = self._inboxes.open(message.request_id, num_choices=message.sampling.n)
+        num_open = message.sampling.n
         try:
             accepted = await self._coordinator.ask(message, timeout=min(timeout_s, CONTROL_TIMEOUT_S))
             yield accepted
             async for event in inbox.events(timeout_s=timeout_s):
-                ended = isinstance(event, Finished)
+                num_open -= isinstance(event, Finished)
                 yield event
         finally:
             self._inboxes.forget(message.request_id)
-            if not ended:
+            if num_open:
                 with contextlib.suppress(AsyncPipeError):  # the coordinator may be gone, which is why we are leaving
                     self._coordinator.signal(Cancel(request_id=message.request_id))
 
 
-def _generate(prompt: str | Sequence[int], *, request_id: str | None, deadline_s: float, options: SamplingOptions) -> Generate:
+def _generate(
+    prompt: str | Sequence[int], *, request_id: str | None, priority: int, deadline_s: float, options: SamplingOptions
+) -> Generate:
     text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, tuple(prompt))
     return Generate(
         request_id=request_id or new_request_id(),
         prompt=text,
         prompt_token_ids=token_ids,
         sampling=make_sampling(options),
+        priority=priority,
         deadline_s=deadline_s,
     )

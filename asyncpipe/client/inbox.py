@@ -8,26 +8,27 @@ from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor, ActorRef, Down
 from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, Timeout, from_data
-from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, CoordinatorToClient, Failed, Finished, Piece
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, Failed, Finished, Piece, PromptScored, Updates
 
 MAX_OPEN_REQUESTS = 4096
-MAX_EVENTS = MAX_CONTEXT_TOKENS + 2  # no request has more: a piece a token, and its end, twice if the coordinator is lost
+MAX_EVENTS = 2 * MAX_CONTEXT_TOKENS  # more than any request has: a piece a token, its prompt's scores, its end
 
-Event = Piece | Finished
+Event = Piece | PromptScored | Finished
 
 
 class Inbox:
     """What has arrived for one request and was not read yet; bounded by the tokens that the request may generate."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, *, num_choices: int) -> None:
         self.request_id = request_id
+        self._num_open = num_choices
         self._events: asyncio.Queue[Event | AsyncPipeError] = asyncio.Queue(MAX_EVENTS)
 
     def put(self, event: Event | AsyncPipeError) -> None:
         self._events.put_nowait(event)
 
     async def events(self, *, timeout_s: float) -> AsyncGenerator[Event, None]:
-        """Pieces, then Finished. Raises what ended the request, or Timeout after `timeout_s` in total."""
+        """Pieces, and a Finished for every choice. Raises what ended the request, or Timeout after `timeout_s` in total."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             try:
@@ -38,14 +39,15 @@ class Inbox:
             if isinstance(event, AsyncPipeError):
                 raise event
             yield event
-            if isinstance(event, Finished):
+            self._num_open -= isinstance(event, Finished)
+            if not self._num_open:
                 return
 
 
 class InboxActor(Actor):
     """Receives for all requests of one client. A lost coordinator ends every open request with its error."""
 
-    receives: ClassVar[Any] = CoordinatorToClient
+    receives: ClassVar[Any] = Updates
     mailbox_capacity: ClassVar[int] = 256
 
     def __init__(self, coordinator: ActorRef) -> None:
@@ -59,7 +61,7 @@ class InboxActor(Actor):
     async def stopped(self) -> None:
         self._end_all(Closed("the client was closed"))
 
-    def open(self, request_id: str) -> Inbox:
+    def open(self, request_id: str, *, num_choices: int) -> Inbox:
         """Raises what the coordinator was lost by, Invalid for an id in use, Busy with too many open requests."""
         if self._lost is not None:
             raise self._lost
@@ -67,21 +69,21 @@ class InboxActor(Actor):
             raise Busy(f"this client has {MAX_OPEN_REQUESTS} open requests; wait for some to end")
         if request_id in self._open:
             raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
-        inbox = self._open[request_id] = Inbox(request_id)
+        inbox = self._open[request_id] = Inbox(request_id, num_choices=num_choices)
         return inbox
 
     def forget(self, request_id: str) -> None:
         self._open.pop(request_id, None)
 
-    async def handle(self, message: Piece | Finished | Failed | Down) -> None:
+    async def handle(self, message: Updates | Down) -> None:
         match message:
             case Down():
                 self._lost = from_data(message.error)
                 self._end_all(self._lost)
-            case Piece() | Finished() if message.request_id in self._open:
-                self._open[message.request_id].put(message)
-            case Failed() if message.request_id in self._open:
-                self._open[message.request_id].put(from_data(message.error))
+            case Updates():
+                for update in message.updates:
+                    if (inbox := self._open.get(update.request_id)) is not None:
+                        inbox.put(from_data(update.error) if isinstance(update, Failed) else update)
 
     def _end_all(self, error: AsyncPipeError) -> None:
         for inbox in self._open.values():

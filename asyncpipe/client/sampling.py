@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import msgspec
@@ -23,12 +23,32 @@ class SamplingOptions(TypedDict, total=False):
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float
     """Sample among the likeliest tokens that together reach this probability; 1.0 is off."""
+    min_p: float
+    """Sample among tokens at least so likely, relative to the likeliest one; 0.0 is off."""
+    repetition_penalty: float
+    """Above 1.0: tokens of the prompt and the text so far become less likely."""
+    presence_penalty: float
+    """Subtracted from the logits of tokens that were generated already; -2.0 to 2.0."""
+    frequency_penalty: float
+    """The same, for each time that the token was generated."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these tokens; -100 forbids, 100 forces."""
     seed: int | None
     """The same seed gives the same tokens; None draws a fresh one."""
+    n: int
+    """So many texts for one prompt; see `Generation.choices`."""
     stop: str | Sequence[str]
     """End before any of these texts would appear."""
+    stop_token_ids: Sequence[int]
+    """End with any of these tokens."""
+    min_tokens: int
+    """Neither the end-of-sequence token nor a stop ends the text before it has so many tokens."""
     ignore_eos: bool
     """Go on after the end-of-sequence token."""
+    logprobs: int | None
+    """Give each token's log-probability, and so many alternatives (0 to 20)."""
+    prompt_logprobs: int | None
+    """The same for the prompt's tokens, in `Generation.prompt_logprobs`."""
 
 
 def make_sampling(options: SamplingOptions) -> Sampling:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asyncpipe.errors import Invalid
+from asyncpipe.simulation import Simulation, is_simulation
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS
+from asyncpipe_coordinator.core.limits import Schedule
 
 MAX_STAGES = 256
 MAX_MICRO_BATCHES = 1024
@@ -21,8 +24,12 @@ class ServiceConfig:
     checkpoint: Path
     num_stages: int = 1
     split: tuple[int, ...] | None = None  # decoder layers of each stage; None: even
-    num_micro_batches: int | None = None  # None: one for each stage
+    num_micro_batches: int | None = None  # None: chosen from what is measured, and chosen again as that changes
     max_sequences: int = 32  # in one micro-batch
+    max_step_tokens: int = 512  # prompt tokens and sequences of one step together
+    kv_bytes: int | None = None  # of each stage; None: a share of what is free
+    kv_block_tokens: int = 32
+    schedule: Schedule = Schedule.CONTINUOUS
     max_waiting: int = 4096  # requests that wait for a place before the answer is Busy
     dtype: str = "auto"
     device: str = "cpu"
@@ -40,14 +47,16 @@ class ServiceConfig:
         if self.threads_per_stage is not None:
             _check_range("--threads-per-stage", self.threads_per_stage, low=1, high=1024)
         _check_range("--max-sequences", self.max_sequences, low=1, high=MAX_SEQUENCES)
+        _check_range("--max-step-tokens", self.max_step_tokens, low=1, high=MAX_CONTEXT_TOKENS)
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
-        if self.device != "cpu" and not self.device.startswith("cuda"):
-            raise Invalid(f"--device {self.device}: use cpu or cuda")
+        if self.simulation is None and self.device != "cpu" and not self.device.startswith("cuda"):
+            raise Invalid(f"--device {self.device}: use cpu, cuda or sim:layer_ms=10")
 
     @property
-    def micro_batches(self) -> int:
-        return self.num_micro_batches or self.num_stages
+    def simulation(self) -> Simulation | None:
+        """Raises Invalid for one that cannot be."""
+        return Simulation.parse(self.device) if is_simulation(self.device) else None
 
     @property
     def threads(self) -> int:

@@ -38,7 +38,9 @@ def add_model_options(parser: Parser) -> None:
     )
     parser.option("--stages", type=int, default=1, metavar="N", help="stage worker processes (default: 1)")
     parser.option("--split", type=layer_counts, metavar="5,4,3", help="decoder layers of each stage (default: even)")
-    parser.option("--micro-batches", type=int, metavar="M", help="micro-batches in flight (default: one a stage)")
+    parser.option(
+        "--micro-batches", type=int, metavar="M", help="micro-batches in flight (default: chosen from what is measured)"
+    )
     parser.option("--max-sequences", type=int, default=32, metavar="B", help="sequences in one micro-batch (default: 32)")
     parser.option("--device", default="cpu", help="cpu, or cuda: stage k on card k (default: cpu)")
     parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, float32 on CPUs)")

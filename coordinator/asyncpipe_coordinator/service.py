@@ -13,13 +13,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError
 from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.core.machine import Limits, Machine
+from asyncpipe_coordinator.core.limits import Limits
+from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import split_layers
-from asyncpipe_coordinator.model_files import ModelInfo, inspect_model
+from asyncpipe_coordinator.model_files import BUNDLED_MODEL, ModelInfo, inspect_model
 from asyncpipe_coordinator.shell.coordinator import (
     COORDINATOR_ACTOR,
     TICK_S,
@@ -42,7 +44,7 @@ class Service:
 
     def __init__(self, config: ServiceConfig, *, system: ActorSystem, token: str, on_progress: OnProgress) -> None:
         self.config = config
-        self.model: ModelInfo = inspect_model(config.checkpoint)
+        self.model: ModelInfo = model_of(config)
         self.address = ""  # where clients connect, when `open` was given one
         self._layers = split_layers(self.model.num_layers, config.num_stages, config.split)
         self._system = system
@@ -105,8 +107,9 @@ class Service:
         self._pool = pool = WorkerPool(
             config=self.config,
             layers=self._layers,
+            model=self.model,
             dtype=self._dtype(),
-            max_context_len=self.model.max_context_len,
+            max_sequences=self._machine.limits.max_sequences,
             address=self._workers_address,
             token=self._token,
             epoch=epoch,
@@ -147,11 +150,15 @@ class Service:
     def _make_machine(self) -> Machine:
         return Machine(
             Limits(
-                num_micro_batches=self.config.micro_batches,
+                num_stages=self.config.num_stages,
+                num_micro_batches=self.config.num_micro_batches,
                 max_sequences_per_micro_batch=self.config.max_sequences,
                 max_waiting=self.config.max_waiting,
                 max_context_len=self.model.max_context_len,
+                max_step_tokens=self.config.max_step_tokens,
+                kv_block_tokens=self.config.kv_block_tokens,
                 eos_token_ids=self.model.eos_token_ids,
+                schedule=self.config.schedule,
             )
         )
 
@@ -165,10 +172,18 @@ class Service:
         )
 
     def _make_status_actor(self) -> StatusActor:
-        return StatusActor(
-            self._actor,
-            machine=self._machine,
-            model=self.model,
-            model_name=self.config.checkpoint.name,
-            num_micro_batches=self.config.micro_batches,
-        )
+        return StatusActor(self._actor, machine=self._machine, model_name=self.config.checkpoint.name)
+
+
+def model_of(config: ServiceConfig) -> ModelInfo:
+    """What is run. A simulation without a MODEL has as many layers as stages. Raises Invalid."""
+    model, simulation = inspect_model(config.checkpoint), config.simulation
+    if simulation is None:
+        return model
+    own_layers = config.num_stages if config.checkpoint == BUNDLED_MODEL else model.num_layers
+    return replace(
+        model,
+        num_layers=simulation.layers or own_layers,
+        max_context_len=simulation.context,
+        eos_token_ids=frozenset(),
+    )

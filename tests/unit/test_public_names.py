@@ -11,6 +11,7 @@ def test_the_public_names_of_asyncpipe_are_these() -> None:
         "AsyncPipeError",
         "Broken",
         "Busy",
+        "Choice",
         "Client",
         "Closed",
         "Generation",

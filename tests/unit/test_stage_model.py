@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.codec import Codec, encode
-from asyncpipe.wire.messages import Delta, Joined, Step, ToStage
+from asyncpipe.wire.messages import Chunk, Delta, LoadStage, Opened, Sampling, Step, ToStage
 from asyncpipe_workers.stage_model import StageModel
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
 
@@ -29,13 +30,19 @@ def load_chain(path: Path, split: tuple[int, ...], dtype: str = "float32") -> li
     bounds = [sum(split[:stage]) for stage in range(len(split) + 1)]
     return [
         StageModel.load(
-            checkpoint=path,
-            first_layer=bounds[stage],
-            last_layer=bounds[stage + 1],
-            num_stages=len(split),
-            stage=stage,
-            dtype=dtype,
-            max_context_len=160,
+            LoadStage(
+                epoch=1,
+                stage=stage,
+                num_stages=len(split),
+                first_layer=bounds[stage],
+                last_layer=bounds[stage + 1],
+                checkpoint=str(path),
+                dtype=dtype,
+                max_context_len=160,
+                max_sequences=16,
+                kv_block_tokens=16,
+                kv_bytes=64 << 20,
+            )
         )
         for stage in range(len(split))
     ]
@@ -53,13 +60,18 @@ class Chain:
         message = Step(epoch=1, micro_batch=micro_batch, step=self._step, delta=delta)
         self._step += 1
         for stage in self._stages:
-            output = stage.step(self._codec.decode(encode(message)))
+            output = stage.step(self._codec.decode(encode(message)), arrived_at_s=0.0)
             message = Step(epoch=1, micro_batch=micro_batch, step=message.step, delta=delta, hidden=output.hidden)
         return output.token_ids
 
 
-def joined(number: int, prompt: list[int], **options: float) -> Joined:
-    return Joined(sequence=number, token_ids=tuple(prompt), **options)  # type: ignore[arg-type]
+def opened(number: int, prompt: list[int], **options: Any) -> Opened:
+    return Opened(number, tuple(prompt), len(prompt), Sampling(**options))
+
+
+def joining(*sequences: Opened, **changes: Any) -> Delta:
+    """All of them begin, and are computed to their ends."""
+    return Delta(opened=sequences, chunks=tuple(Chunk(one.sequence, len(one.token_ids)) for one in sequences), **changes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,7 +82,7 @@ def test_greedy_tokens_equal_hugging_face_for_every_split(shape: str, tmp_path: 
     assert len({tuple(tokens) for tokens in expected}) >= len(prompts) - 1, "the outputs must tell prompts apart"
     for split in SPLITS:
         chain = Chain(load_chain(path, split))
-        tokens = chain(Delta(joined=tuple(joined(n, prompt) for n, prompt in enumerate(prompts))))
+        tokens = chain(joining(*(opened(n, prompt) for n, prompt in enumerate(prompts))))
         generated = [[token] for token in tokens]
         for _ in range(9):
             tokens = chain(Delta(token_ids=tokens))
@@ -94,7 +106,7 @@ def test_logits_are_within_1e_4_of_hugging_face_for_every_split(shape: str, tmp_
         head = stages[-1]._layers.head
         assert head is not None
         stages[-1]._layers.head = lambda hidden, head=head, seen=seen: seen.append(head(hidden)) or seen[-1]  # type: ignore[assignment, misc]
-        Chain(stages)(Delta(joined=(joined(0, prompt),)))
+        Chain(stages)(joining(opened(0, prompt)))
         assert seen[0].shape == (1, expected.shape[0]), "only the last position's logits are computed"
         assert (seen[0][0] - expected).abs().max() < 1e-4
 
@@ -109,10 +121,10 @@ def test_sequences_that_join_and_leave_do_not_disturb_each_other(tmp_path: Path)
 
     def step(left: tuple[int, ...] = (), joins: tuple[int, ...] = ()) -> None:
         staying = [n for n in running if n not in left]
-        delta = Delta(
+        delta = joining(
+            *(opened(n, prompts[n]) for n in joins),
             left=left,
             token_ids=tuple(got[n][-1] for n in staying),
-            joined=tuple(joined(n, prompts[n]) for n in joins),
         )
         running[:] = [*staying, *joins]
         for n, token in zip(running, chain(delta), strict=True):
@@ -145,7 +157,7 @@ def test_each_stage_holds_only_its_own_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_through_two_stages(dtype: str, tmp_path: Path) -> None:
     path = make_opt(tmp_path, dtype=dtype)
-    tokens = Chain(load_chain(path, (2, 2), dtype))(Delta(joined=(joined(0, [5, 6, 7]), joined(1, [8]))))
+    tokens = Chain(load_chain(path, (2, 2), dtype))(joining(opened(0, [5, 6, 7]), opened(1, [8])))
     assert len(tokens) == 2
 
 
@@ -155,7 +167,7 @@ def test_sharded_and_bin_checkpoints_give_the_same_tokens(options: dict[str, obj
     results = []
     for name, extra in (("plain", {}), ("other", options)):
         path = make_opt(tmp_path / name, **extra)  # type: ignore[arg-type]
-        delta = Delta(joined=tuple(joined(n, prompt) for n, prompt in enumerate(prompts)))
+        delta = joining(*(opened(n, prompt) for n, prompt in enumerate(prompts)))
         results.append(Chain(load_chain(path, (2, 2)))(delta))
     assert results[0] == results[1]
 
@@ -166,8 +178,8 @@ def test_seeded_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
 
     def run(neighbours: int) -> list[int]:
         chain = Chain(load_chain(path, (4,)))
-        others = tuple(joined(n, [n + 5, 6], temperature=1.0, seed=n) for n in range(1, neighbours + 1))
-        tokens = chain(Delta(joined=(*others, joined(0, [9, 8, 7], **options))))
+        others = tuple(opened(n, [n + 5, 6], temperature=1.0, seed=n) for n in range(1, neighbours + 1))
+        tokens = chain(joining(*others, opened(0, [9, 8, 7], **options)))
         got = [tokens[-1]]
         for _ in range(8):
             tokens = chain(Delta(token_ids=tokens))
@@ -181,8 +193,42 @@ def test_seeded_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
 
 def test_a_delta_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     chain = Chain(load_chain(make_opt(tmp_path), (4,)))
-    chain(Delta(joined=(joined(0, [5, 6]),)))
+    chain(joining(opened(0, [5, 6])))
     with pytest.raises(Invalid, match="2 tokens for the 1 sequences"):
         chain(Delta(token_ids=(1, 2)))
     with pytest.raises(Invalid, match="sequence 7 leaves"):
         chain(Delta(left=(7,), token_ids=(1,)))
+
+
+def test_chunks_moves_and_second_beginnings_change_no_token(tmp_path: Path) -> None:
+    """A prompt in pieces through several micro-batches; a sequence that moves; one that loses its cache and begins again."""
+    path = make_opt(tmp_path)
+    first, second = distinct_prompts(8, seed=5)[6:8]
+    expected = reference_generate(path, [first, second], max_new_tokens=6)
+    chain = Chain(load_chain(path, (1, 3)))
+    middle = len(first) // 2
+    assert chain(Delta(opened=(opened(0, first),), chunks=(Chunk(0, 1),)), micro_batch=0) == ()
+    assert chain(Delta(chunks=(Chunk(0, middle),)), micro_batch=1) == ()
+    got = [list(chain(Delta(chunks=(Chunk(0, len(first) - middle - 1),)), micro_batch=2)), []]
+    got[1] += chain(joining(opened(1, second)), micro_batch=0)
+    chain(Delta(parted=(0,)), micro_batch=2)
+    for _ in range(3):
+        tokens = chain(Delta(adopted=() if len(got[0]) > 1 else (0,), token_ids=(got[1][-1], got[0][-1])), micro_batch=0)
+        for sequence, token in zip((got[1], got[0]), tokens, strict=True):
+            sequence.append(token)
+    again = Opened(7, (*first, *got[0]), len(first))
+    got[0] += chain(Delta(left=(0, 1), opened=(again,), chunks=(Chunk(7, len(again.token_ids)),)), micro_batch=1)
+    got[0] += chain(Delta(token_ids=(got[0][-1],)), micro_batch=1)
+    assert got[0] == expected[0]
+    assert got[1] == expected[1][:4]
+
+
+def test_rows_of_padding_change_no_token(tmp_path: Path) -> None:
+    path = make_opt(tmp_path)
+    prompts = distinct_prompts(3)
+    results = []
+    for padding in (0, 5):
+        chain = Chain(load_chain(path, (2, 2)))
+        tokens = chain(joining(*(opened(n, prompt) for n, prompt in enumerate(prompts)), padding=padding))
+        results.append((tokens, chain(Delta(token_ids=tokens, padding=padding))))
+    assert results[0] == results[1]

@@ -1,129 +1,152 @@
-"""A micro-batch as a stage sees it: its sequences in order, their slots, and the layout of one step.
+"""The sequences of a stage, the micro-batches they are in, and the layout of one step.
 
-A step is ragged: first one new token of each sequence that goes on (B of them), then the whole prompts of those that join,
-end to end. Nothing is padded.
+A step is ragged: one new token of each member of the micro-batch (B of them), then chunks of prompts, end to end. Nothing is
+padded, unless the coordinator asks for rows of padding to show what they cost.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import Delta, Joined
+from asyncpipe.wire.messages import Delta, Opened
 from asyncpipe_workers.memory.kv import KVCache
+from asyncpipe_workers.sampling import Sampler
 
 
 @dataclass(slots=True)
 class Member:
-    """One sequence. `length` counts the tokens in the cache."""
+    """One sequence. `length` counts its tokens in the cache; `sampler` knows all its tokens."""
 
     number: int
     slot: int
-    length: int
-    sampling: Joined
-    num_sampled: int = 0
+    sampler: Sampler
+    length: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSpan:
-    """Rows [start, end) of the step are the prompt of the sequence in `slot`."""
+class Row(NamedTuple):
+    """A sequence that goes on by one token: `length` with it."""
 
     slot: int
+    length: int
+
+
+class Span(NamedTuple):
+    """Rows [start, end) of the step are tokens of `member`, from position `position` on."""
+
+    member: Member
     start: int
     end: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
     """What the layers need to know. T rows in total, the first B of which continue a sequence each."""
 
-    token_ids: tuple[int, ...]  # T; only the first stage looks at them
+    token_ids: list[int]  # T; only the first stage looks at them
     positions_T: torch.Tensor
-    num_continuing: int  # B
+    rows: list[Row]  # B
     slots_B: torch.Tensor
-    lengths_B: torch.Tensor  # before this step, in micro-batch order
-    row_of_slot: torch.Tensor | None  # None: row i has slot i
-    mask_B11C: torch.Tensor | None  # in slot order, True where there is a token; None: all of the same length
-    longest: int  # tokens of the longest continuing sequence, the new one included
-    prompts: tuple[PromptSpan, ...]
-    last_rows: torch.Tensor  # one row a sequence, in micro-batch order
+    places_B: torch.Tensor  # where the new token goes
+    spans: list[Span]
+    padding: int
+    sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
+    sampled_rows: torch.Tensor | None = None  # of each
 
 
-class MicroBatch:
-    """The sequences of one micro-batch and their cache."""
+class StageSequences:
+    """All sequences of a stage; `micro_batches` in the order that the coordinator knows."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, *, device: torch.device, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.cache = cache
-        self.members: list[Member] = []
+        self._device = device
+        self._eos_token_ids = eos_token_ids
+        self._members: dict[int, Member] = {}
+        self._micro_batches: dict[int, list[Member]] = {}
 
-    def apply(self, delta: Delta) -> StepLayout:
-        """Let sequences leave and join, and lay out the step. Raises Invalid for a delta that does not fit."""
+    def apply(self, micro_batch: int, delta: Delta) -> StepLayout:
+        """Change who is where, and lay out the step. Raises Invalid for a delta that does not fit."""
+        members = self._micro_batches.setdefault(micro_batch, [])
         for number in delta.left:
-            self._leave(number)
-        continuing = list(self.members)
-        if len(delta.token_ids) != len(continuing):
-            raise Invalid(f"{len(delta.token_ids)} tokens for the {len(continuing)} sequences of the micro-batch")
-        for joined in delta.joined:
-            self._join(joined)
-        longest_prompt = max((len(joined.token_ids) for joined in delta.joined), default=0)
-        longest = max((member.length + 1 for member in continuing), default=0)
-        self.cache.reserve(len(self.members), max(longest, longest_prompt))
-        layout = self._layout(delta, continuing, longest)
-        for member in continuing:
-            member.length += 1
-        for member, joined in zip(self.members[len(continuing) :], delta.joined, strict=True):
-            member.length = len(joined.token_ids)
-        return layout
+            self._forget(number)
+        for number in delta.parted:
+            members.remove(self._known(number, among=members))
+        for number in delta.adopted:
+            members.append(self._known(number))
+        if len(delta.token_ids) != len(members):
+            raise Invalid(f"{len(delta.token_ids)} tokens for the {len(members)} sequences of the micro-batch")
+        for opened in delta.opened:
+            self._open(opened)
+        rows = [self._next_row(member, token_id) for member, token_id in zip(members, delta.token_ids, strict=True)]
+        spans = self._spans(delta, first_row=len(rows))
+        complete = [span for span in spans if span.member.length == span.member.sampler.num_tokens]
+        sampled_rows = [*range(len(rows)), *(span.end - 1 for span in complete)]
+        members += [span.member for span in complete]
+        return self._layout(delta, rows, spans, sampled=list(members), sampled_rows=sampled_rows)
 
-    def _leave(self, number: int) -> None:
-        """The last slot moves into the place that becomes free, so that the slots in use stay without a gap."""
-        leaver = next((member for member in self.members if member.number == number), None)
-        if leaver is None:
-            raise Invalid(f"sequence {number} leaves a micro-batch that it is not in")
-        self.members.remove(leaver)
-        last_slot = len(self.members)
-        if leaver.slot != last_slot:
-            moved = next(member for member in self.members if member.slot == last_slot)
-            self.cache.move(last_slot, leaver.slot, moved.length)
-            moved.slot = leaver.slot
+    def _open(self, opened: Opened) -> None:
+        if not opened.token_ids or opened.sequence in self._members:
+            raise Invalid(f"sequence {opened.sequence} cannot begin: it has no tokens, or is here already")
+        sampler = Sampler(opened.sampling, opened.token_ids, num_prompt=opened.num_prompt, eos_token_ids=self._eos_token_ids)
+        self._members[opened.sequence] = Member(opened.sequence, self.cache.open(), sampler)
 
-    def _join(self, joined: Joined) -> None:
-        if not joined.token_ids or any(member.number == joined.sequence for member in self.members):
-            raise Invalid(f"sequence {joined.sequence} cannot join: it has no prompt, or is here already")
-        self.members.append(Member(joined.sequence, slot=len(self.members), length=0, sampling=joined))
+    def _forget(self, number: int) -> None:
+        member = self._members.pop(number, None)
+        if member is None:
+            raise Invalid(f"sequence {number} leaves, but is not here")
+        for members in self._micro_batches.values():
+            if member in members:
+                members.remove(member)
+        self.cache.close(member.slot)
 
-    def _layout(self, delta: Delta, continuing: list[Member], longest: int) -> StepLayout:
-        prompts, positions, token_ids = [], [member.length for member in continuing], list(delta.token_ids)
-        for member, joined in zip(self.members[len(continuing) :], delta.joined, strict=True):
-            start = len(positions)
-            positions += range(len(joined.token_ids))
-            token_ids += joined.token_ids
-            prompts.append(PromptSpan(member.slot, start, len(positions)))
-        rows = [*range(len(continuing)), *(span.end - 1 for span in prompts)]
-        slots = [member.slot for member in continuing]
-        lengths = [member.length for member in continuing]
+    def _known(self, number: int, among: list[Member] | None = None) -> Member:
+        member = self._members.get(number)
+        if member is None or (among is not None and member not in among):
+            raise Invalid(f"sequence {number} is not here")
+        return member
+
+    def _next_row(self, member: Member, token_id: int) -> Row:
+        member.sampler.push(token_id)
+        member.length += 1
+        self.cache.reserve(member.slot, member.length)
+        return Row(member.slot, member.length)
+
+    def _spans(self, delta: Delta, *, first_row: int) -> list[Span]:
+        spans, row = [], first_row
+        for chunk in delta.chunks:
+            member = self._known(chunk.sequence)
+            if member.length + chunk.count > member.sampler.num_tokens:
+                raise Invalid(f"sequence {chunk.sequence} has no {chunk.count} more tokens")
+            spans.append(Span(member, row, row + chunk.count, member.length))
+            row += chunk.count
+            member.length += chunk.count
+            self.cache.reserve(member.slot, member.length)
+        return spans
+
+    def _layout(
+        self, delta: Delta, rows: list[Row], spans: list[Span], *, sampled: list[Member], sampled_rows: list[int]
+    ) -> StepLayout:
+        token_ids, places = list(delta.token_ids), [row.length - 1 for row in rows]
+        positions = list(places)
+        for span in spans:
+            end = span.position + span.end - span.start
+            positions += range(span.position, end)
+            token_ids += span.member.sampler.token_ids[span.position : end]
         return StepLayout(
-            token_ids=tuple(token_ids),
-            positions_T=self._indices(positions),
-            num_continuing=len(continuing),
-            slots_B=self._indices(slots),
-            lengths_B=self._indices(lengths),
-            row_of_slot=None if slots == sorted(slots) else self._indices(slots).argsort(),
-            mask_B11C=self._mask(slots, lengths, longest),
-            longest=longest,
-            prompts=tuple(prompts),
-            last_rows=self._indices(rows),
+            token_ids=token_ids + [0] * delta.padding,
+            positions_T=self._indices(positions + [0] * delta.padding),
+            rows=rows,
+            slots_B=self._indices([row.slot for row in rows]),
+            places_B=self._indices(places),
+            spans=spans,
+            padding=delta.padding,
+            sampled=sampled,
+            sampled_rows=self._indices(sampled_rows),
         )
 
-    def _mask(self, slots: list[int], lengths: list[int], longest: int) -> torch.Tensor | None:
-        """Which cached tokens each slot has, (B, 1, 1, C), once this step's token is written behind them."""
-        if len(set(lengths)) <= 1:
-            return None
-        by_slot_B1 = self._indices([length for _, length in sorted(zip(slots, lengths, strict=True))])[:, None]
-        columns_C = torch.arange(longest, device=self.cache.device)
-        return (columns_C <= by_slot_B1)[:, None, None, :]
-
     def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.cache.device)
+        return torch.tensor(values, dtype=torch.long, device=self._device)

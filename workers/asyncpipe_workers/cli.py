@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from asyncpipe.actors import ActorSystem
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
+from asyncpipe.simulation import Simulation, is_simulation
+from asyncpipe.transport.base import LinkOptions
 from asyncpipe.wire.messages import Join
-from asyncpipe_workers.stage import STAGE_ACTOR, StageActor, load_model
+from asyncpipe_workers.loading import load_stage_compute
+from asyncpipe_workers.stage import STAGE_ACTOR, StageActor
 
 JOIN_TIMEOUT_S = 10.0
+STEP_WINDOW = 2048  # steps under way to this stage; there are never more than micro-batches
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
@@ -46,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         default=env.get("ASYNCPIPE_DEVICE", "cpu"),
-        help="cpu, or cuda:N (ASYNCPIPE_DEVICE; default: cpu)",
+        help="cpu, cuda:N, or sim:layer_ms=10,… for a stage that only takes time (ASYNCPIPE_DEVICE; default: cpu)",
     )
     parser.add_argument(
         "--slot",
@@ -85,8 +89,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises Invalid for what can be known to be wrong before anything starts."""
     if not arguments.coordinator:
         raise Invalid("--coordinator ADDRESS is needed (asyncpipe-coordinator serve prints it)")
+    if is_simulation(arguments.device):
+        Simulation.parse(arguments.device)
+        return
     if arguments.device != "cpu" and not arguments.device.startswith("cuda"):
-        raise Invalid(f"--device {arguments.device}: use cpu or cuda:N")
+        raise Invalid(f"--device {arguments.device}: use cpu, cuda:N or sim:layer_ms=10")
     for package in ("torch", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise Invalid(f"a worker needs {package}, which is not installed: pip install 'asyncpipe-runtime[worker]'")
@@ -96,9 +103,9 @@ async def work(arguments: argparse.Namespace) -> int:
     """Join the coordinator and serve until it stops or is gone."""
     token = os.environ.get("ASYNCPIPE_TOKEN", "")
     coordinator_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with ActorSystem("worker", role="worker", token=token) as system:
+    async with ActorSystem("worker", role="worker", token=token, options=LinkOptions(window=STEP_WINDOW)) as system:
         coordinator = await system.connect(arguments.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
-        loader = functools.partial(load_model, device=arguments.device)
+        loader = functools.partial(load_stage_compute, device=arguments.device)
         stage = system.spawn(
             lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR
         )

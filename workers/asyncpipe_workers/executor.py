@@ -1,4 +1,7 @@
-"""The one compute thread of a stage, and how long it has been busy."""
+"""The one compute thread of a stage: work in order, timed.
+
+Work is queued ahead, so that the thread goes from one step to the next without a turn of the event loop between them.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class ComputeCounters:
-    steps: int
-    busy_s: float
-    span_s: float  # from the start of the first step to the end of the last
+class Timed(Generic[T]):
+    """A result, and when its work was begun and done, on the monotonic clock."""
+
+    result: T
+    start_ns: int
+    end_ns: int
 
 
 class ComputeThread:
@@ -24,33 +29,20 @@ class ComputeThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        self._steps = 0
-        self._busy_s = 0.0
-        self._first_start_s = 0.0
-        self._last_end_s = 0.0
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` on the thread; its exception is raised here. Cancelling the wait does not interrupt the work."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
-    async def step(self, work: Callable[[], T]) -> T:
-        """Like `run`, and counted as busy time."""
-        return await self.run(lambda: self._timed(work))
-
-    def counters(self) -> ComputeCounters:
-        return ComputeCounters(self._steps, self._busy_s, self._last_end_s - self._first_start_s)
+    def queue(self, work: Callable[[], T]) -> asyncio.Future[Timed[T]]:
+        """Like `run`, but returns at once."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, lambda: _timed(work))
 
     def close(self) -> None:
         """Take no more work; do not wait for what is running (the process ends next)."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _timed(self, work: Callable[[], T]) -> T:
-        start_s = time.monotonic()
-        if self._steps == 0:
-            self._first_start_s = start_s
-        try:
-            return work()
-        finally:
-            self._last_end_s = time.monotonic()
-            self._busy_s += self._last_end_s - start_s
-            self._steps += 1
+
+def _timed(work: Callable[[], T]) -> Timed[T]:
+    start_ns = time.monotonic_ns()
+    return Timed(work(), start_ns, time.monotonic_ns())

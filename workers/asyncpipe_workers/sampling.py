@@ -1,44 +1,159 @@
-"""From logits to tokens. A draw depends on nothing but the sequence's seed and how many tokens it has drawn."""
+"""From logits to tokens. A draw depends on nothing but the sequence's own logits, seed and number of generated tokens.
+
+Shapes: R sequences (rows), V vocabulary.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import struct
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from asyncpipe_workers.batch import Member
+from asyncpipe.wire.messages import Alternative, Sampling, TokenLogprobs
 
-MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring counts give unrelated generator seeds
-
-
-def sample(logits_RV: torch.Tensor, members: Sequence[Member]) -> tuple[int, ...]:
-    """One token for each member, in order; greedy where temperature is 0."""
-    tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
-    for row, member in enumerate(members):
-        if member.sampling.temperature > 0:
-            tokens[row] = _draw(logits_RV[row], member)
-        member.num_sampled += 1
-    return tuple(tokens)
+LIKELY = 512  # so many of the likeliest tokens are looked at before the whole vocabulary is sorted
 
 
-def _draw(logits_V: torch.Tensor, member: Member) -> int:
-    """Temperature, then top-k, then top-p, in the order of Hugging Face's warpers."""
-    options = member.sampling
-    scaled_V = logits_V.double() / options.temperature
-    sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
-    if options.top_k:
-        sorted_V = sorted_V[: options.top_k]
-    probabilities = sorted_V.softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    if options.top_p < 1.0:
-        num_kept = max(1, int(((cumulative - probabilities) < options.top_p).sum()))
-        cumulative = cumulative[:num_kept]
-    uniform = _uniform(options.seed, member.num_sampled)
-    chosen = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return int(order_V[min(chosen, len(cumulative) - 1)])
+class Sampler:
+    """One sequence's parameters, and its tokens: the prompt's, then the generated ones."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        token_ids: Sequence[int],
+        *,
+        num_prompt: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.sampling = sampling
+        self.token_ids = list(token_ids)
+        self.num_prompt = num_prompt
+        self._ends = eos_token_ids | frozenset(sampling.stop_token_ids)
+        self._changes_logits = bool(
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.logit_bias
+            or sampling.min_tokens
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_plain(self) -> bool:
+        """Greedy, and nothing else asked for."""
+        return not self._changes_logits and self.sampling.temperature == 0 and self.sampling.logprobs is None
+
+    def push(self, token_id: int) -> None:
+        """The token that was chosen, as the coordinator says."""
+        self.token_ids.append(token_id)
+
+    def choose(self, logits_V: torch.Tensor) -> int:
+        scores_V = self._changed(logits_V.float()) if self._changes_logits else logits_V
+        if self.sampling.temperature == 0:
+            return int(scores_V.argmax())
+        return self._draw(scores_V.double() / self.sampling.temperature)
+
+    def _changed(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """Penalties, then the bias, then what may not come yet."""
+        options, scores_V = self.sampling, logits_V.clone()
+        if options.repetition_penalty != 1.0:
+            seen = _indices(sorted(set(self.token_ids)), scores_V)
+            old = scores_V[seen]
+            scores_V[seen] = torch.where(old > 0, old / options.repetition_penalty, old * options.repetition_penalty)
+        if (options.presence_penalty or options.frequency_penalty) and self.num_generated:
+            counts = Counter(self.token_ids[self.num_prompt :])
+            how_often = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
+            scores_V[_indices(counts, scores_V)] -= options.presence_penalty + options.frequency_penalty * how_often
+        bias = {token_id: value for token_id, value in options.logit_bias.items() if token_id < len(scores_V)}
+        if bias:
+            scores_V[_indices(bias, scores_V)] += torch.tensor(list(bias.values()), device=scores_V.device)
+        if self.num_generated < options.min_tokens:
+            scores_V[_indices([token_id for token_id in self._ends if token_id < len(scores_V)], scores_V)] = -torch.inf
+        return scores_V
+
+    def _draw(self, scaled_V: torch.Tensor) -> int:
+        options = self.sampling
+        uniform = self._uniform()
+        if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
+            return _pick(scaled_V.softmax(dim=-1), uniform)
+        probabilities, order = self._likely(scaled_V)
+        keep = probabilities.cumsum(dim=-1) - probabilities < options.top_p
+        keep &= probabilities >= options.min_p * probabilities[0]
+        keep[0] = True
+        return int(order[_pick(probabilities * keep, uniform)])
+
+    def _likely(self, scaled_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities of the likeliest tokens, sorted, and their ids: `top_k` of them, or enough for `top_p` and `min_p`."""
+        options, size = self.sampling, len(scaled_V)
+        if options.top_k:
+            values, order = scaled_V.topk(min(options.top_k, size))
+            return values.softmax(dim=-1), order
+        values, order = scaled_V.topk(min(LIKELY, size))
+        probabilities = (values - scaled_V.logsumexp(dim=-1)).exp()
+        is_enough = float(probabilities.sum()) >= options.top_p and options.top_p < 1.0
+        if len(values) == size or is_enough or float(probabilities[-1]) < options.min_p * float(probabilities[0]):
+            return probabilities, order
+        values, order = scaled_V.sort(descending=True, stable=True)
+        return values.softmax(dim=-1), order
+
+    def _uniform(self) -> float:
+        """In [0, 1), from the seed and the number of tokens drawn before."""
+        digest = hashlib.blake2b(struct.pack("<QQ", self.sampling.seed or 0, self.num_generated), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _uniform(seed: int, count: int) -> float:
-    generator = torch.Generator()
-    generator.manual_seed((seed ^ (count * MIX)) & 0x7FFFFFFFFFFFFFFF)
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`logprobs` is empty when nobody asked, else one entry a token."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+def sample(logits_RV: torch.Tensor, samplers: Sequence[Sampler]) -> Sampled:
+    """One token for each sampler, in order."""
+    token_ids: list[int] = logits_RV.argmax(dim=-1).tolist()
+    for row, sampler in enumerate(samplers):
+        if not sampler.is_plain:
+            token_ids[row] = sampler.choose(logits_RV[row])
+    if all(sampler.sampling.logprobs is None for sampler in samplers):
+        return Sampled(tuple(token_ids))
+    logprobs = [
+        None
+        if (num_top := sampler.sampling.logprobs) is None
+        else score(logits_RV[row : row + 1], [token_ids[row]], num_top)[0]
+        for row, sampler in enumerate(samplers)
+    ]
+    return Sampled(tuple(token_ids), tuple(logprobs))
+
+
+def score(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
+    """What the model thinks of one token a row, and of its `num_top` likeliest alternatives."""
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    chosen_R = logprobs_RV[torch.arange(len(token_ids)), _indices(token_ids, logprobs_RV)]
+    ranks = ((logprobs_RV > chosen_R[:, None]).sum(dim=-1) + 1).tolist()
+    values, order = logprobs_RV.topk(num_top, dim=-1)
+    tops = [tuple(map(Alternative, ids, scores)) for ids, scores in zip(order.tolist(), values.tolist(), strict=True)]
+    return tuple(map(TokenLogprobs, token_ids, chosen_R.tolist(), ranks, tops))
+
+
+def _pick(weights: torch.Tensor, uniform: float) -> int:
+    """The index at which the running sum of `weights` passes `uniform` of their total."""
+    cumulative = weights.cumsum(dim=-1)
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(index, int(weights.nonzero()[-1]))
+
+
+def _indices(values: object, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.long, device=like.device)  # type: ignore[call-overload]

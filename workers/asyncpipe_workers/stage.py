@@ -2,6 +2,8 @@
 
 It decides nothing about requests. The coordinator says what to load and where the next stage listens; from then on a step
 arrives, its delta is applied, its layers are computed, and hidden states go to the next stage or tokens to the coordinator.
+Steps are queued on the compute thread as they arrive, and their results are sent as they come, so that receiving, computing and
+sending overlap.
 """
 
 from __future__ import annotations
@@ -10,42 +12,38 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, to_data
 from asyncpipe.wire.messages import (
+    ClockReading,
     ConnectNext,
+    GetClock,
     GetCounters,
+    GetSpans,
     LoadStage,
     Message,
     Ready,
-    StageCounters,
     StageFailed,
     StageReport,
+    StageTiming,
     Step,
     Tokens,
     ToStage,
 )
-from asyncpipe.wire.tensors import Tensor
-from asyncpipe_workers.executor import ComputeThread
+from asyncpipe_workers.executor import ComputeThread, Timed
+from asyncpipe_workers.output import StageOutput
+from asyncpipe_workers.recorder import StageRecorder
 
 STAGE_ACTOR = "stage"
 SEND_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
+MAX_QUEUED_STEPS = 1024  # there are never more than micro-batches
 
 log = logging.getLogger(__name__)
-
-
-class StageOutput(Protocol):
-    """`hidden` (T, D) except on the last stage, which gives `token_ids` instead."""
-
-    @property
-    def hidden(self) -> Tensor | None: ...
-
-    @property
-    def token_ids(self) -> tuple[int, ...]: ...
 
 
 class StageCompute(Protocol):
@@ -57,10 +55,29 @@ class StageCompute(Protocol):
     @property
     def param_bytes(self) -> int: ...
 
-    def step(self, message: Step) -> StageOutput: ...
+    @property
+    def kv_blocks(self) -> int: ...
+
+    @property
+    def kv_block_bytes(self) -> int: ...
+
+    @property
+    def link_s(self) -> float:
+        """Simulated delay of a message on its way in, and of the last stage's on its way out; 0.0 for real stages."""
+        ...
+
+    def step(self, message: Step, *, arrived_at_s: float) -> StageOutput: ...
 
 
 Loader = Callable[[LoadStage], StageCompute]
+
+
+class _Queued(NamedTuple):
+    """A step on the compute thread; `arrived_ns` is when it could have begun on an idle stage."""
+
+    step: Step
+    arrived_ns: int
+    output: asyncio.Future[Timed[StageOutput]]
 
 
 class StageActor(Actor):
@@ -74,12 +91,15 @@ class StageActor(Actor):
         self._loader = loader
         self._lost = lost  # completed when the coordinator is gone and this process has no more to do
         self._compute = ComputeThread()
+        self._recorder = StageRecorder()
+        self._queued: asyncio.Queue[_Queued] = asyncio.Queue(MAX_QUEUED_STEPS)
         self._plan: LoadStage | None = None
         self._model: StageCompute | None = None
         self._next: ActorRef | None = None
 
     async def started(self) -> None:
         self.system.monitor(self._coordinator, watcher=self.ref)
+        self.background(self._pass_on_all(), name="pass on")
 
     async def stopped(self) -> None:
         self._compute.close()
@@ -87,13 +107,17 @@ class StageActor(Actor):
     async def handle(self, message: Message | Down) -> Message | None:
         match message:
             case Step():
-                await self._step(message)
+                await self._take(message)
             case LoadStage():
                 return await self._load(message)
             case ConnectNext():
                 return await self._connect_next(message)
             case GetCounters():
-                return self._counters()
+                return self._recorder.counters(self._loaded_plan().stage)
+            case GetClock():
+                return ClockReading(monotonic_ns=time.monotonic_ns())
+            case GetSpans():
+                return self._recorder.spans.since(message.first)
             case Down():
                 self._on_down(message)
         return None
@@ -108,6 +132,8 @@ class StageActor(Actor):
             num_params=model.num_params,
             param_bytes=model.param_bytes,
             load_s=time.monotonic() - start_s,
+            kv_blocks=model.kv_blocks,
+            kv_block_bytes=model.kv_block_bytes,
         )
 
     async def _connect_next(self, message: ConnectNext) -> Ready:
@@ -116,50 +142,54 @@ class StageActor(Actor):
             self._next = await self.system.connect(message.address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S)
         return Ready(stage=plan.stage)
 
-    async def _step(self, message: Step) -> None:
-        plan = self._loaded_plan()
-        if message.epoch != plan.epoch:
-            log.debug("stage %d drops a step of epoch %d", plan.stage, message.epoch)
+    # --- steps ---
+
+    async def _take(self, step: Step) -> None:
+        plan, model = self._loaded_plan(), self._loaded_model()
+        if step.epoch != plan.epoch:
+            log.debug("stage %d drops a step of epoch %d", plan.stage, step.epoch)
             return
-        try:
-            await self._compute_and_pass_on(message)
-        except Broken:
-            # The coordinator hears of a lost stage from its own link and process watch, and says which one it was.
-            log.info("stage %d: the next stage is gone", plan.stage)
-        except Exception as error:
-            log.exception("stage %d failed in a step", plan.stage)
-            failure = StageFailed(epoch=plan.epoch, stage=plan.stage, error=to_data(error))
-            await self._coordinator.tell(failure, timeout=SEND_TIMEOUT_S)
+        arrived_ns = time.monotonic_ns() + int(model.link_s * 1e9)
+        output = self._compute.queue(lambda: model.step(step, arrived_at_s=arrived_ns / 1e9))
+        await self._queued.put(_Queued(step, arrived_ns, output))
 
-    async def _compute_and_pass_on(self, message: Step) -> None:
-        model = self._loaded_model()
-        output = await self._compute.step(lambda: model.step(message))
+    async def _pass_on_all(self) -> None:
+        while True:
+            queued = await self._queued.get()
+            try:
+                await self._pass_on(queued)
+            except Broken:
+                # The coordinator hears of a lost stage from its own link and process watch, and says which one it was.
+                log.info("stage %d: the next stage is gone", self._loaded_plan().stage)
+            except Exception as error:
+                await self._report(error)
+
+    async def _pass_on(self, queued: _Queued) -> None:
+        """Wait for a step's output and send it where it goes."""
+        step, timed = queued.step, await queued.output
+        start_ns, end_ns = timed.result.began_ns or timed.start_ns, timed.result.ended_ns or timed.end_ns
+        self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns)
+        timing = StageTiming(max(start_ns - queued.arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
+        step = msgspec.structs.replace(step, timings=(*step.timings, timing), hidden=timed.result.hidden)
+        if self._next is None and (link_s := self._loaded_model().link_s):
+            await asyncio.sleep(link_s - (time.monotonic_ns() - end_ns) / 1e9)
+        send_ns = time.monotonic_ns()
         if self._next is None:
-            tokens = Tokens(
-                epoch=message.epoch,
-                micro_batch=message.micro_batch,
-                step=message.step,
-                token_ids=output.token_ids,
-            )
-            await self._coordinator.tell(tokens, timeout=SEND_TIMEOUT_S)
+            await self._coordinator.tell(_tokens(step, timed.result), timeout=SEND_TIMEOUT_S)
         else:
-            passed_on = Step(
-                epoch=message.epoch,
-                micro_batch=message.micro_batch,
-                step=message.step,
-                delta=message.delta,
-                hidden=output.hidden,
-            )
-            await self._next.tell(passed_on, timeout=SEND_TIMEOUT_S)
+            await self._next.tell(step, timeout=SEND_TIMEOUT_S)
+        self._recorder.sent(step, start_ns=send_ns, end_ns=time.monotonic_ns())
 
-    def _counters(self) -> StageCounters:
-        counters = self._compute.counters()
-        return StageCounters(
-            stage=self._loaded_plan().stage,
-            steps=counters.steps,
-            busy_s=counters.busy_s,
-            span_s=counters.span_s,
-        )
+    async def _report(self, error: Exception) -> None:
+        plan = self._loaded_plan()
+        log.error("stage %d failed in a step", plan.stage, exc_info=error)
+        failure = StageFailed(epoch=plan.epoch, stage=plan.stage, error=to_data(error))
+        try:
+            await self._coordinator.tell(failure, timeout=SEND_TIMEOUT_S)
+        except AsyncPipeError as lost:
+            log.info("stage %d cannot report its failure: %s", plan.stage, lost)
+
+    # --- small things ---
 
     def _on_down(self, message: Down) -> None:
         if message.ref == self._coordinator and not self._lost.done():
@@ -176,28 +206,13 @@ class StageActor(Actor):
         return self._model
 
 
-def load_model(plan: LoadStage, *, device: str) -> StageCompute:
-    """Load the plan's layers. Raises Invalid for a bad checkpoint."""
-    import torch
-
-    from asyncpipe_workers.stage_model import StageModel
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Invalid(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
-    if plan.num_threads:
-        torch.set_num_threads(plan.num_threads)
-    try:
-        return StageModel.load(
-            checkpoint=Path(plan.checkpoint),
-            first_layer=plan.first_layer,
-            last_layer=plan.last_layer,
-            num_stages=plan.num_stages,
-            stage=plan.stage,
-            dtype=plan.dtype,
-            max_context_len=plan.max_context_len,
-            device=device,
-        )
-    except (AsyncPipeError, MemoryError):
-        raise
-    except OSError as error:
-        raise Invalid(f"cannot read the checkpoint {plan.checkpoint}: {error}") from error
+def _tokens(step: Step, output: StageOutput) -> Tokens:
+    return Tokens(
+        epoch=step.epoch,
+        micro_batch=step.micro_batch,
+        step=step.step,
+        token_ids=output.token_ids,
+        timings=step.timings,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
+    )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import Step
+from asyncpipe.wire.messages import LoadStage, PromptLogprobs, Step
 from asyncpipe.wire.tensors import DType, Tensor
-from asyncpipe_workers.batch import MicroBatch, StepLayout
-from asyncpipe_workers.memory.kv import KVCache
+from asyncpipe_workers.batch import StageSequences, StepLayout
+from asyncpipe_workers.memory.available import available_bytes
+from asyncpipe_workers.memory.kv import KVShape, make_kv_cache
 from asyncpipe_workers.models.opt import OPTStage
 from asyncpipe_workers.models.registry import load_stage
-from asyncpipe_workers.sampling import sample
+from asyncpipe_workers.output import StageOutput
+from asyncpipe_workers.sampling import Sampled, sample, score
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,79 +26,87 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class StageOutput:
-    """`hidden` (T, D), except on the last stage, which gives `token_ids` in micro-batch order."""
-
-    hidden: Tensor | None = None
-    token_ids: tuple[int, ...] = ()
-
-
 class StageModel:
-    """The layers of one stage and the caches of all micro-batches."""
+    """The layers of one stage and the keys and values of its sequences."""
 
-    def __init__(self, layers: OPTStage, *, dtype: torch.dtype, device: torch.device, max_context_len: int) -> None:
+    link_s = 0.0
+
+    def __init__(
+        self,
+        layers: OPTStage,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: KVShape,
+        num_blocks: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
         self._layers = layers
         self._dtype = dtype
         self._device = device
-        self._max_context_len = max_context_len
-        self._micro_batches: dict[int, MicroBatch] = {}
+        self._cache = make_kv_cache(shape, num_blocks=num_blocks, device=device)
+        self._sequences = StageSequences(self._cache, device=device, eos_token_ids=eos_token_ids)
         self.num_params = layers.num_params
         self.param_bytes = layers.param_bytes
+        self.kv_blocks = num_blocks
+        self.kv_block_bytes = shape.block_bytes
 
     @classmethod
-    def load(
-        cls,
-        *,
-        checkpoint: Path,
-        first_layer: int,
-        last_layer: int,
-        num_stages: int,
-        stage: int,
-        dtype: str,
-        max_context_len: int,
-        device: str = "cpu",
-    ) -> StageModel:
-        """Read layers [first_layer, last_layer), and only those. Raises Invalid for a bad checkpoint or dtype."""
-        if dtype not in DTYPES:
-            raise Invalid(f"dtype {dtype}: use one of {', '.join(DTYPES)}")
-        if not 0 <= first_layer < last_layer or not 0 <= stage < num_stages:
-            raise Invalid(f"stage {stage} of {num_stages} cannot hold layers {first_layer} to {last_layer}")
-        target = torch.device(device)
-        layers = load_stage(checkpoint, first=first_layer, last=last_layer, dtype=DTYPES[dtype], device=target)
-        return cls(layers, dtype=DTYPES[dtype], device=target, max_context_len=max_context_len)
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(micro_batch.cache.num_bytes for micro_batch in self._micro_batches.values())
+    def load(cls, plan: LoadStage, *, device: str = "cpu") -> StageModel:
+        """Read the plan's layers, and only those. Raises Invalid for a bad checkpoint or dtype, or too little KV memory."""
+        if plan.dtype not in DTYPES:
+            raise Invalid(f"dtype {plan.dtype}: use one of {', '.join(DTYPES)}")
+        if not 0 <= plan.first_layer < plan.last_layer or not 0 <= plan.stage < plan.num_stages:
+            raise Invalid(f"stage {plan.stage} of {plan.num_stages} cannot hold layers {plan.first_layer} to {plan.last_layer}")
+        target, dtype = torch.device(device), DTYPES[plan.dtype]
+        layers = load_stage(Path(plan.checkpoint), first=plan.first_layer, last=plan.last_layer, dtype=dtype, device=target)
+        shape = KVShape(
+            num_layers=len(layers.layers),
+            num_heads=layers.config.num_heads,
+            head_size=layers.config.head_size,
+            dtype=dtype,
+            max_context_len=plan.max_context_len,
+            max_sequences=plan.max_sequences,
+            block_tokens=plan.kv_block_tokens,
+        )
+        return cls(
+            layers,
+            dtype=dtype,
+            device=target,
+            shape=shape,
+            num_blocks=_num_blocks(plan, shape, target),
+            eos_token_ids=frozenset(plan.eos_token_ids),
+        )
 
     @torch.inference_mode()
-    def step(self, message: Step) -> StageOutput:
+    def step(self, message: Step, *, arrived_at_s: float = 0.0) -> StageOutput:
         """Apply the message's delta and compute. Raises Invalid for a step that does not follow from those before."""
-        micro_batch = self._micro_batch(message.micro_batch)
-        layout = micro_batch.apply(message.delta)
-        output = self._layers(self._input(message, layout), layout, micro_batch.cache, rows=layout.last_rows)
+        layout = self._sequences.apply(message.micro_batch, message.delta)
+        if not layout.token_ids:
+            return StageOutput()
+        hidden_TD = self._layers(self._input(message, layout), layout, self._cache)
         if self._layers.head is None:
-            return StageOutput(hidden=_to_wire(output))
-        return StageOutput(token_ids=sample(output, micro_batch.members))
+            return StageOutput(hidden=_to_wire(hidden_TD))
+        sampled = self._sample(hidden_TD, layout)
+        return StageOutput(
+            token_ids=sampled.token_ids, logprobs=sampled.logprobs, prompt_logprobs=self._score_prompts(hidden_TD, layout)
+        )
 
-    def reset(self) -> None:
-        """Forget every sequence."""
-        self._micro_batches.clear()
+    def _sample(self, hidden_TD: torch.Tensor, layout: StepLayout) -> Sampled:
+        if not layout.sampled or self._layers.head is None:
+            return Sampled(())
+        return sample(self._layers.head(hidden_TD[layout.sampled_rows]), [member.sampler for member in layout.sampled])
 
-    def _micro_batch(self, index: int) -> MicroBatch:
-        if index not in self._micro_batches:
-            config = self._layers.config
-            cache = KVCache(
-                num_layers=len(self._layers.layers),
-                num_heads=config.num_heads,
-                head_size=config.head_size,
-                max_context_len=self._max_context_len,
-                dtype=self._dtype,
-                device=self._device,
-            )
-            self._micro_batches[index] = MicroBatch(cache)
-        return self._micro_batches[index]
+    def _score_prompts(self, hidden_TD: torch.Tensor, layout: StepLayout) -> tuple[PromptLogprobs, ...]:
+        """For sequences that ask: each row of a chunk is scored against the prompt token that follows it."""
+        scored = []
+        for member, start, end, position in layout.spans:
+            num_top = member.sampler.sampling.prompt_logprobs
+            following = member.sampler.token_ids[position + 1 : min(position + 1 + end - start, member.sampler.num_prompt)]
+            if num_top is not None and following and self._layers.head is not None:
+                logits_RV = self._layers.head(hidden_TD[start : start + len(following)])
+                scored.append(PromptLogprobs(member.number, score(logits_RV, following, num_top)))
+        return tuple(scored)
 
     def _input(self, message: Step, layout: StepLayout) -> torch.Tensor:
         if self._layers.embedding is not None:
@@ -107,6 +116,19 @@ class StageModel:
             found = None if message.hidden is None else message.hidden.shape
             raise Invalid(f"the step needs hidden states of shape {shape}; it came with {found}")
         return _from_wire(message.hidden).to(device=self._device, dtype=self._dtype)
+
+
+def _num_blocks(plan: LoadStage, shape: KVShape, device: torch.device) -> int:
+    """As many as the plan's memory takes. Raises Invalid when not even one sequence of a block fits."""
+    num_bytes = plan.kv_bytes
+    if num_bytes is None:
+        num_bytes = int(available_bytes(device) * plan.kv_share)
+    if num_bytes < shape.block_bytes:
+        raise Invalid(
+            f"{num_bytes} bytes of KV memory on stage {plan.stage}; one block of {shape.block_tokens} tokens needs"
+            f" {shape.block_bytes}: use a larger --kv-memory"
+        )
+    return min(num_bytes // shape.block_bytes, shape.most_blocks)
 
 
 def _to_wire(x: torch.Tensor) -> Tensor:

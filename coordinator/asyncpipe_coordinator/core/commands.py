@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncpipe.errors import ErrorData
-from asyncpipe.wire.messages import FinishReason, Step
+from asyncpipe.wire.messages import FinishReason, Step, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,15 @@ class EmitToken:
     request_id: str
     index: int
     token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmitPromptLogprobs:
+    """What the model thinks of the prompt's next tokens."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,4 +53,4 @@ class FailRequest:
     error: ErrorData
 
 
-Command = IssueStep | EmitToken | FinishRequest | FailRequest
+Command = IssueStep | EmitToken | EmitPromptLogprobs | FinishRequest | FailRequest

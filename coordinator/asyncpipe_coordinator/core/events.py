@@ -18,6 +18,7 @@ class Submitted:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     seed: int
+    priority: int = 0
     deadline_at_s: float | None
     at_s: float
 
@@ -46,7 +47,10 @@ class StopStringFound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineReady:
+    """`kv_blocks` is what fits into the stage with the least room."""
+
     epoch: int
+    kv_blocks: int
     at_s: float
 
 

@@ -11,8 +11,19 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from asyncpipe.errors import AsyncPipeError, Busy, ErrorData, Invalid, Timeout, WireError, to_data
-from asyncpipe.wire.messages import FinishReason, Tokens
-from asyncpipe_coordinator.core.commands import Command, EmitToken, FailRequest, FinishRequest, IssueStep
+from asyncpipe.wire.messages import Delta, FinishReason, Step, TokenLogprobs, Tokens
+from asyncpipe_coordinator.core import continuous, static
+from asyncpipe_coordinator.core.blocks import BlockLedger
+from asyncpipe_coordinator.core.books import Books
+from asyncpipe_coordinator.core.commands import (
+    Command,
+    EmitPromptLogprobs,
+    EmitToken,
+    FailRequest,
+    FinishRequest,
+    IssueStep,
+)
+from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
 from asyncpipe_coordinator.core.events import (
     Cancelled,
     Event,
@@ -23,18 +34,13 @@ from asyncpipe_coordinator.core.events import (
     Tick,
     TokensArrived,
 )
-from asyncpipe_coordinator.core.sequences import MicroBatch, Sequence, SequenceState
+from asyncpipe_coordinator.core.limits import Limits, Schedule
+from asyncpipe_coordinator.core.sequences import InFlight, MicroBatch, Sequence, SequenceState
+from asyncpipe_coordinator.core.tuning import Tuner
 
-RETRY_HINT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    num_micro_batches: int
-    max_sequences_per_micro_batch: int
-    max_waiting: int
-    max_context_len: int
-    eos_token_ids: frozenset[int]
+RETUNE_STEPS = 16  # steps between two looks at the number of micro-batches
+RECENT_ENDS = 32  # ended requests from which the hint of Busy is taken
+RETRY_HINT_S = 1.0  # before any has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +51,27 @@ class MachineStatistics:
     failed: int
     prompt_tokens: int
     generated_tokens: int
+    num_micro_batches: int
+    num_blocks: int
+    used_blocks: int
+    preemptions: int
 
 
 class Machine:
     """`handle` one event at a time; `check` may be called between any two."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
+        self.meter = EfficiencyMeter(limits.num_stages)
+        self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
         self._lost: ErrorData | None = None
-        self._waiting: deque[Sequence] = deque()
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
-        self._micro_batches = [MicroBatch(index) for index in range(limits.num_micro_batches)]
-        self._next_number = 0
+        self._books = self._no_books()
+        self._compose = static.compose if limits.schedule is Schedule.STATIC else continuous.compose
+        self._arrivals = self._steps_since_retune = 0
         self._finished = self._failed = self._prompt_tokens = self._generated_tokens = 0
+        self._ends_at_s: deque[float] = deque(maxlen=RECENT_ENDS)
 
     def handle(self, event: Event) -> list[Command]:
         """What has to be done now. Raises WireError for tokens that no step asked for."""
@@ -68,11 +81,11 @@ class Machine:
             case TokensArrived():
                 return self._on_tokens(event.tokens, event.at_s)
             case Cancelled():
-                return self._end(event.request_id, FinishReason.CANCELLED, event.at_s) + self._issue_idle()
+                return self._end(event.request_id, FinishReason.CANCELLED, event.at_s) + self._issue_idle(event.at_s)
             case StopStringFound():
-                return self._end(event.request_id, FinishReason.STOP, event.at_s) + self._issue_idle()
+                return self._end(event.request_id, FinishReason.STOP, event.at_s) + self._issue_idle(event.at_s)
             case PipelineReady():
-                return self._on_ready(event.epoch)
+                return self._on_ready(event)
             case PipelineLost():
                 return self._on_lost(event.error)
             case Tick():
@@ -81,14 +94,25 @@ class Machine:
                 assert_never(event)
 
     def statistics(self) -> MachineStatistics:
+        books = self._books
         return MachineStatistics(
-            waiting=len(self._waiting),
-            running=len(self._open) - len(self._waiting),
+            waiting=len(books.waiting),
+            running=len(self._open) - len(books.waiting),
             finished=self._finished,
             failed=self._failed,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            num_micro_batches=books.num_open,
+            num_blocks=books.ledger.num_blocks,
+            used_blocks=books.ledger.num_used,
+            preemptions=books.num_preemptions,
         )
+
+    @property
+    def max_context_len(self) -> int:
+        """Of the model, or what fits into the KV memory when that is less."""
+        limit = self.limits.max_context_len
+        return limit if self._epoch is None else min(limit, self._books.ledger.max_tokens)
 
     # --- requests ---
 
@@ -96,61 +120,73 @@ class Machine:
         if (refusal := self._refusal(request)) is not None:
             self._failed += 1
             return [FailRequest(request.request_id, refusal)]
-        sequence = Sequence(self._next_number, request)
-        self._next_number += 1
+        sequence = Sequence(self._arrivals, self._books.number(), request)
+        self._arrivals += 1
         self._open[request.request_id] = sequence
-        self._waiting.append(sequence)
-        return self._issue_idle()
+        self._books.waiting.push(sequence)
+        self._prompt_tokens += len(request.prompt_token_ids)
+        return self._issue_idle(request.at_s)
 
     def _refusal(self, request: Submitted) -> ErrorData | None:
         if self._lost is not None:
             return self._lost
         error: AsyncPipeError | None = None
-        length, limit = len(request.prompt_token_ids), self._limits.max_context_len
+        length, limit, num_waiting = len(request.prompt_token_ids), self.max_context_len, len(self._books.waiting)
         if request.request_id in self._open:
             error = Invalid(f"request id {request.request_id!r} is in use; ids must be unique")
         elif not 0 < length < limit:
-            error = Invalid(f"a prompt of {length} tokens; this model takes 1 to {limit - 1}")
-        elif len(self._waiting) >= self._limits.max_waiting:
-            error = Busy(f"{len(self._waiting)} requests are waiting already", retry_after_s=RETRY_HINT_S)
+            error = Invalid(f"a prompt of {length} tokens; this pipeline takes 1 to {limit - 1}")
+        elif num_waiting >= self.limits.max_waiting:
+            error = Busy(f"{num_waiting} requests are waiting already", retry_after_s=self._retry_after_s())
         return None if error is None else to_data(error)
+
+    def _retry_after_s(self) -> float:
+        """Requests end about once in this many seconds."""
+        if len(self._ends_at_s) < 2:
+            return RETRY_HINT_S
+        return max((self._ends_at_s[-1] - self._ends_at_s[0]) / (len(self._ends_at_s) - 1), 0.001)
 
     def _end(self, request_id: str, reason: FinishReason, at_s: float) -> list[Command]:
         """To the client it ends now; the stages hear of it with the next delta. An unknown id has ended before."""
         sequence = self._open.pop(request_id, None)
         if sequence is None:
             return []
-        self._retire(sequence)
+        self._books.forget(sequence)
         self._finished += 1
+        self._ends_at_s.append(at_s)
         return [_finish(sequence, reason, at_s)]
-
-    def _retire(self, sequence: Sequence) -> None:
-        if sequence.state is SequenceState.WAITING:
-            self._waiting.remove(sequence)
-            sequence.move(SequenceState.DONE)
-        else:
-            sequence.move(SequenceState.LEAVING)
 
     def _on_tick(self, now_s: float) -> list[Command]:
         late = [s for s in self._open.values() if s.request.deadline_at_s is not None and s.request.deadline_at_s < now_s]
         commands: list[Command] = []
         for sequence in late:
             del self._open[sequence.request.request_id]
-            self._retire(sequence)
+            self._books.forget(sequence)
             self._failed += 1
             waited_s = now_s - sequence.request.at_s
-            error = Timeout(f"its deadline passed after {waited_s:.1f} s, with {sequence.num_generated} tokens generated")
+            error = Timeout(f"its deadline passed after {waited_s:.1f} s, with {len(sequence.generated)} tokens generated")
             commands.append(FailRequest(sequence.request.request_id, to_data(error)))
-        return commands + self._issue_idle()
+        return commands + self._issue_idle(now_s)
 
     # --- the pipeline ---
 
-    def _on_ready(self, epoch: int) -> list[Command]:
+    def _on_ready(self, event: PipelineReady) -> list[Command]:
         if self._epoch is not None:
-            raise RuntimeError(f"epoch {epoch} is ready while epoch {self._epoch} runs")
-        self._epoch, self._lost = epoch, None
-        self._micro_batches = [MicroBatch(index) for index in range(self._limits.num_micro_batches)]
-        return self._issue_idle()
+            raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
+        self._epoch, self._lost = event.epoch, None
+        self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
+        self._books.open_micro_batches(self._wanted_micro_batches())
+        return self._fail_unfit() + self._issue_idle(event.at_s)
+
+    def _fail_unfit(self) -> list[Command]:
+        """Requests that came before it was known how much the KV memory holds, and are too long for it."""
+        unfit = [s for s in self._books.waiting if s.length >= self.max_context_len]
+        for sequence in unfit:
+            del self._open[sequence.request.request_id]
+            self._books.forget(sequence)
+        self._failed += len(unfit)
+        error = Invalid(f"the prompt is too long: this pipeline's KV memory takes 1 to {self.max_context_len - 1} tokens")
+        return [FailRequest(sequence.request.request_id, to_data(error)) for sequence in unfit]
 
     def _on_lost(self, error: ErrorData) -> list[Command]:
         self._epoch, self._lost = None, error
@@ -159,38 +195,33 @@ class Machine:
             sequence.move(SequenceState.DONE)
         self._failed += len(failed)
         self._open.clear()
-        self._waiting.clear()
-        self._micro_batches = []
+        self._books = self._no_books()
+        self.meter.emptied()
         return [FailRequest(request_id, error) for request_id in failed]
+
+    def _no_books(self) -> Books:
+        return Books(self.limits, BlockLedger(num_blocks=0, block_tokens=self.limits.kv_block_tokens))
 
     def _on_tokens(self, tokens: Tokens, at_s: float) -> list[Command]:
         if tokens.epoch != self._epoch:
             return []  # of a pipeline that is no more
-        micro_batch = self._answered(tokens)
-        commands: list[Command] = []
-        for sequence, token_id in zip(micro_batch.members, tokens.token_ids, strict=True):
-            if sequence.state is SequenceState.RUNNING:
-                commands += self._on_token(sequence, token_id, at_s)
-        # The tokens first, so that clients have them while the stages work on the next ones.
-        return commands + self._issue(micro_batch)
+        micro_batch = (
+            self._books.micro_batches[tokens.micro_batch] if tokens.micro_batch < len(self._books.micro_batches) else None
+        )
+        answered = _answered(micro_batch, tokens)
+        self._measure(answered, tokens, at_s)
+        emitted: list[Command] = self._on_prompt_logprobs(tokens)
+        logprobs = tokens.logprobs or (None,) * len(tokens.token_ids)
+        for sequence, token_id, scores in zip(answered.sampled, tokens.token_ids, logprobs, strict=True):
+            if sequence.state is not SequenceState.DONE:
+                emitted += self._on_token(sequence, token_id, scores, at_s)
+        # The stages first: they work on the next step while clients get the tokens of this one.
+        return self._issue_idle(at_s) + emitted
 
-    def _answered(self, tokens: Tokens) -> MicroBatch:
-        if tokens.micro_batch >= len(self._micro_batches):
-            raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
-        micro_batch = self._micro_batches[tokens.micro_batch]
-        step = micro_batch.in_flight
-        if step is None or step.step != tokens.step:
-            raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
-        if len(tokens.token_ids) != len(micro_batch.members):
-            raise WireError(f"{len(tokens.token_ids)} tokens for {len(micro_batch.members)} sequences")
-        micro_batch.in_flight = None
-        return micro_batch
-
-    def _on_token(self, sequence: Sequence, token_id: int, at_s: float) -> list[Command]:
+    def _on_token(self, sequence: Sequence, token_id: int, scores: TokenLogprobs | None, at_s: float) -> list[Command]:
         request = sequence.request
-        emit = EmitToken(request.request_id, sequence.num_generated, token_id)
-        sequence.num_generated += 1
-        sequence.last_token = token_id
+        emit = EmitToken(request.request_id, len(sequence.generated), token_id, scores)
+        sequence.generated.append(token_id)
         self._generated_tokens += 1
         if sequence.first_token_at_s is None:
             sequence.first_token_at_s = at_s
@@ -198,69 +229,103 @@ class Machine:
         return [emit] if reason is None else [emit, *self._end(request.request_id, reason, at_s)]
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token_id in self._limits.eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if sequence.num_generated == sampling.max_new_tokens or sequence.length >= self._limits.max_context_len:
+        sampling, num_generated = sequence.request.sampling, len(sequence.generated)
+        if num_generated >= sampling.min_tokens:
+            if token_id in self.limits.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if num_generated == sampling.max_new_tokens or sequence.length >= self.max_context_len:
             return FinishReason.LENGTH
         return None
 
+    def _on_prompt_logprobs(self, tokens: Tokens) -> list[Command]:
+        if not tokens.prompt_logprobs:
+            return []
+        by_number = {sequence.number: sequence for sequence in self._open.values()}
+        return [
+            EmitPromptLogprobs(by_number[scored.sequence].request.request_id, scored.logprobs)
+            for scored in tokens.prompt_logprobs
+            if scored.sequence in by_number
+        ]
+
+    def _measure(self, answered: InFlight, tokens: Tokens, at_s: float) -> None:
+        if len(tokens.timings) != self.limits.num_stages:
+            raise WireError(f"tokens with {len(tokens.timings)} timings; the pipeline has {self.limits.num_stages} stages")
+        self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s)
+        self.tuner.observe(
+            num_rows=answered.step.delta.num_rows, timings=tokens.timings, round_trip_s=at_s - answered.issued_at_s
+        )
+        self._steps_since_retune += 1
+        if self._steps_since_retune >= RETUNE_STEPS:
+            self._steps_since_retune = 0
+            self._books.open_micro_batches(self._wanted_micro_batches())
+
+    def _wanted_micro_batches(self) -> int:
+        limits, books = self.limits, self._books
+        if limits.num_micro_batches is not None:
+            return limits.num_micro_batches
+        if limits.schedule is not Schedule.CONTINUOUS:
+            return limits.num_stages
+        num_sequences = books.num_admitted + len(books.waiting)
+        most_sequences = limits.max_sequences_per_micro_batch
+        best = self.tuner.best(num_sequences=num_sequences, max_sequences=most_sequences, most=limits.most_micro_batches)
+        return max(best, -(-books.num_admitted // most_sequences))
+
     # --- issuing ---
 
-    def _issue_idle(self) -> list[Command]:
-        """Start micro-batches that rest while there is something for them to do, the emptiest first."""
-        idle = [batch for batch in self._micro_batches if batch.in_flight is None]
-        commands: list[Command] = []
-        for micro_batch in sorted(idle, key=MicroBatch.num_staying):
-            commands += self._issue(micro_batch)
-        return commands
-
-    def _issue(self, micro_batch: MicroBatch) -> list[Command]:
-        joining = self._admit(micro_batch)
-        if self._epoch is None or not (micro_batch.members or joining):
-            return []
-        step, left = micro_batch.make_step(self._epoch, joining)
-        for sequence in left:
-            sequence.move(SequenceState.DONE)
-        return [IssueStep(step)]
-
-    def _admit(self, micro_batch: MicroBatch) -> list[Sequence]:
-        """Waiting sequences for this micro-batch: its even share of everything that runs or waits."""
+    def _issue_idle(self, at_s: float) -> list[Command]:
+        """Issue micro-batches that rest while there is something for them to do, the emptiest first."""
         if self._epoch is None:
             return []
-        staying = micro_batch.num_staying()
-        everyone = sum(batch.num_staying() for batch in self._micro_batches) + len(self._waiting)
-        share = -(-everyone // len(self._micro_batches))
-        room = min(share, self._limits.max_sequences_per_micro_batch) - staying
-        joining = [self._waiting.popleft() for _ in range(min(max(room, 0), len(self._waiting)))]
-        for sequence in joining:
-            sequence.move(SequenceState.RUNNING)
-            self._prompt_tokens += len(sequence.request.prompt_token_ids)
-        return joining
+        idle = [batch for batch in self._books.micro_batches if batch.in_flight is None]
+        if self.limits.schedule is Schedule.BARRIER and len(idle) < len(self._books.micro_batches):
+            return []
+        commands: list[Command] = []
+        for micro_batch in sorted(idle, key=lambda batch: len(batch.members)):
+            commands += self._issue(self._epoch, micro_batch, at_s)
+        if not any(batch.in_flight for batch in self._books.micro_batches):
+            self.meter.emptied()
+        return commands
+
+    def _issue(self, epoch: int, micro_batch: MicroBatch, at_s: float) -> list[Command]:
+        delta = self._compose(self._books, micro_batch)
+        if delta == Delta():
+            return []
+        step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
+        micro_batch.next_step += 1
+        micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
+        self.meter.issued(at_s)
+        return [IssueStep(step)]
 
     # --- invariants ---
 
     def check(self) -> None:
         """Raises AssertionError when the machine's own books do not agree."""
-        members = [member for batch in self._micro_batches for member in batch.members]
-        _assert(len(set(map(id, members))) == len(members), "a sequence is in two places")
+        books = self._books
+        books.check()
+        places = [*books.waiting, *books.prefilling, *books.parked, *(m for b in books.micro_batches for m in b.members)]
         _assert(
-            {m.state for m in members} <= {SequenceState.RUNNING, SequenceState.LEAVING},
-            "a member neither runs nor leaves",
+            set(map(id, places)) == set(map(id, self._open.values())), "an open request is nowhere, or an ended one somewhere"
         )
-        _assert(all(s.state is SequenceState.WAITING for s in self._waiting), "a waiting sequence does not wait")
-        running = {m.request.request_id for m in members if m.state is SequenceState.RUNNING}
-        waiting = {s.request.request_id for s in self._waiting}
-        _assert(running | waiting == set(self._open), "an open request is nowhere, or an ended one somewhere")
-        _assert(not (running & waiting), "a request waits and runs")
-        _assert(len(self._waiting) <= self._limits.max_waiting, "the waiting queue is over its bound")
-        for batch in self._micro_batches:
-            _assert(batch.num_staying() <= self._limits.max_sequences_per_micro_batch, "a micro-batch is over its bound")
-            _assert(batch.in_flight is not None or not batch.members, "a micro-batch with members rests")
-        _assert(
-            self._epoch is None or not self._waiting or any(batch.in_flight for batch in self._micro_batches),
-            "requests wait while the pipeline is empty",
-        )
+        resting = [batch for batch in books.micro_batches if batch.in_flight is None]
+        if self._epoch is not None and self.limits.schedule is not Schedule.BARRIER:
+            _assert(not any(batch.members for batch in resting), "a micro-batch with members rests")
+        if self._epoch is not None and len(resting) == len(books.micro_batches):
+            _assert(not places and not books.to_forget, "there is work and the pipeline is empty")
+
+
+def _answered(micro_batch: MicroBatch | None, tokens: Tokens) -> InFlight:
+    """The step that `tokens` answers; its micro-batch rests again. Raises WireError."""
+    if micro_batch is None:
+        raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
+    answered = micro_batch.in_flight
+    if answered is None or answered.step.step != tokens.step:
+        raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
+    if len(tokens.token_ids) != len(answered.sampled) or len(tokens.logprobs) not in (0, len(answered.sampled)):
+        raise WireError(f"{len(tokens.token_ids)} tokens for {len(answered.sampled)} sequences")
+    micro_batch.in_flight = None
+    return answered
 
 
 def _finish(sequence: Sequence, reason: FinishReason, at_s: float) -> FinishRequest:
@@ -270,7 +335,7 @@ def _finish(sequence: Sequence, reason: FinishReason, at_s: float) -> FinishRequ
         request_id=request.request_id,
         finish_reason=reason,
         num_prompt_tokens=len(request.prompt_token_ids),
-        num_completion_tokens=sequence.num_generated,
+        num_completion_tokens=len(sequence.generated),
         time_to_first_token_s=0.0 if first_s is None else first_s - request.at_s,
         total_s=at_s - request.at_s,
     )

@@ -5,60 +5,103 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from asyncpipe.wire.messages import Delta, Joined, Step
+import msgspec
+
+from asyncpipe.wire.messages import Opened, Sampling, Step
 from asyncpipe_coordinator.core.events import Submitted
 
 
 class SequenceState(enum.Enum):
-    WAITING = "waiting"  # for a place in a micro-batch
-    RUNNING = "running"
-    LEAVING = "leaving"  # the client has its end; the stages have not heard yet
+    WAITING = "waiting"  # for room
+    PREFILLING = "prefilling"  # it owns blocks; chunks of its tokens travel in steps of any micro-batch
+    RUNNING = "running"  # a member of a micro-batch, one token a step
+    PARKED = "parked"  # between two micro-batches, with its KV
     DONE = "done"
 
 
 _LEGAL_MOVES = {
-    SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.DONE},
-    SequenceState.RUNNING: {SequenceState.LEAVING, SequenceState.DONE},
-    SequenceState.LEAVING: {SequenceState.DONE},
+    SequenceState.WAITING: {SequenceState.PREFILLING, SequenceState.DONE},
+    SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.DONE},
+    SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.WAITING, SequenceState.DONE},
+    SequenceState.PARKED: {SequenceState.RUNNING, SequenceState.DONE},
     SequenceState.DONE: set[SequenceState](),
 }
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`number` names it towards the stages."""
+    """`number` names it towards the stages; a sequence that lost its KV comes back under a new one."""
 
+    arrival: int
     number: int
     request: Submitted
     state: SequenceState = SequenceState.WAITING
-    num_generated: int = 0
-    last_token: int = -1
+    num_computed: int = 0  # tokens whose keys and values the stages hold once everything in flight is done
+    generated: list[int] = field(default_factory=list)
     first_token_at_s: float | None = None
+    was_scored: bool = False  # its prompt has been computed to the end before
 
     def move(self, to: SequenceState) -> None:
         """Raises RuntimeError with the story for a move that cannot be."""
         if to not in _LEGAL_MOVES[self.state]:
             raise RuntimeError(
                 f"sequence {self.number} of request {self.request.request_id} cannot go from {self.state.value} to"
-                f" {to.value} ({self.num_generated} tokens generated)"
+                f" {to.value} ({len(self.generated)} tokens generated)"
             )
         self.state = to
 
     @property
     def length(self) -> int:
         """Prompt and generated tokens."""
-        return len(self.request.prompt_token_ids) + self.num_generated
+        return len(self.request.prompt_token_ids) + len(self.generated)
 
-    def joined(self) -> Joined:
-        sampling = self.request.sampling
-        return Joined(
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to be computed before the next one can be sampled."""
+        return self.length - self.num_computed
+
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1]
+
+    def opened(self) -> Opened:
+        request = self.request
+        return Opened(
             sequence=self.number,
-            token_ids=self.request.prompt_token_ids,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=self.request.seed,
+            token_ids=(*request.prompt_token_ids, *self.generated),
+            num_prompt=len(request.prompt_token_ids),
+            sampling=_for_stages(request.sampling, seed=request.seed, was_scored=self.was_scored),
         )
+
+    def lose_cache(self, new_number: int) -> None:
+        """Back to waiting: everything has to be computed again."""
+        self.move(SequenceState.WAITING)
+        self.number = new_number
+        self.num_computed = 0
+        self.was_scored = True
+
+
+def _for_stages(sampling: Sampling, *, seed: int, was_scored: bool) -> Sampling:
+    """What the last stage needs to choose tokens; the end of a text is the coordinator's business."""
+    return msgspec.structs.replace(
+        sampling,
+        max_new_tokens=None,
+        n=1,
+        stop=(),
+        ignore_eos=False,
+        seed=seed if sampling.temperature > 0 else None,
+        stop_token_ids=sampling.stop_token_ids if sampling.min_tokens else (),
+        prompt_logprobs=None if was_scored else sampling.prompt_logprobs,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step in the pipeline: whose tokens it brings, and when it was issued."""
+
+    step: Step
+    sampled: tuple[Sequence, ...]
+    issued_at_s: float
 
 
 @dataclass(slots=True)
@@ -67,22 +110,6 @@ class MicroBatch:
 
     index: int
     members: list[Sequence] = field(default_factory=list)
-    in_flight: Step | None = None
+    in_flight: InFlight | None = None
     next_step: int = 0
-
-    def num_staying(self) -> int:
-        return sum(member.state is SequenceState.RUNNING for member in self.members)
-
-    def make_step(self, epoch: int, joining: list[Sequence]) -> tuple[Step, list[Sequence]]:
-        """The next step, and who has left with it. Changes the membership as `Delta` says the stages will."""
-        left = [member for member in self.members if member.state is SequenceState.LEAVING]
-        staying = [member for member in self.members if member.state is SequenceState.RUNNING]
-        delta = Delta(
-            left=tuple(member.number for member in left),
-            token_ids=tuple(member.last_token for member in staying),
-            joined=tuple(member.joined() for member in joining),
-        )
-        self.members = staying + joining
-        self.in_flight = Step(epoch=epoch, micro_batch=self.index, step=self.next_step, delta=delta)
-        self.next_step += 1
-        return self.in_flight, left
+    num_started: int = 0  # static batching: how many sequences the batch began with

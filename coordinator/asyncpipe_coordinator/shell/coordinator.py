@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, assert_never
 
+import msgspec
+
 from asyncpipe.actors import Actor, ActorRef, Down
 from asyncpipe.errors import AsyncPipeError, Busy, Invalid, StageLost, WireError, from_data, to_data
 from asyncpipe.wire.messages import (
@@ -18,25 +20,29 @@ from asyncpipe.wire.messages import (
     Generate,
     Join,
     Message,
+    Piece,
+    PromptScored,
     StageFailed,
     Step,
     Tokens,
+    Updates,
     Usage,
     Welcome,
     WorkerToCoordinator,
 )
+from asyncpipe.wire.sampling import MAX_CHOICES
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
 from asyncpipe_coordinator.shell.outbox import Outbox, SendFailed
 from asyncpipe_coordinator.shell.pool import WorkerPool
-from asyncpipe_coordinator.shell.requests import OpenRequest
+from asyncpipe_coordinator.shell.requests import OpenChoice
 from asyncpipe_coordinator.text import TextCodec
 
 COORDINATOR_ACTOR = "coordinator"
 TICK_S = 0.25
 CLIENT_STALL_S = 20.0  # a client that takes nothing for so long is cut off
-STEP_SEND_TIMEOUT_S = 30.0
+SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring choices get unrelated seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class InFlight:
     issued_at_s: float
 
 
+Update = Piece | PromptScored | Finished | Failed
 LocalMessage = PipelineUp | WorkerLost | Tick | SendFailed | Down
 AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
 
@@ -91,9 +98,9 @@ class CoordinatorActor(Actor):
         self._on_pipeline_lost = on_pipeline_lost
         self._pool: WorkerPool | None = None  # joining or running
         self._is_up = False
-        self._steps: ActorRef | None = None  # the outbox of stage 0
         self._in_flight: dict[int, InFlight] = {}
-        self._open: dict[str, OpenRequest] = {}
+        self._open: dict[str, OpenChoice] = {}  # by the machine's request id
+        self._updates: dict[ActorRef, list[Update]] = {}  # to be sent when the message at hand is dealt with
         self._outboxes: dict[ActorRef, ActorRef] = {}
         self._num_outboxes = 0
 
@@ -114,6 +121,12 @@ class CoordinatorActor(Actor):
     # --- messages ---
 
     async def handle(self, message: AnyMessage) -> Message | None:
+        try:
+            return self._dispatch(message)
+        finally:
+            self._send_updates()
+
+    def _dispatch(self, message: AnyMessage) -> Message | None:
         match message:
             case Tokens():
                 self._on_tokens(message)
@@ -142,23 +155,28 @@ class CoordinatorActor(Actor):
     def _on_generate(self, message: Generate) -> Accepted:
         client = self._sender()
         token_ids = self._prompt_tokens(message)
-        request_id = self._unique(message.request_id)
+        key = self._unique(message.request_id)
         if client not in self._outboxes:
             self._add_client(client)
-        sampling = message.sampling
-        self._open[request_id] = OpenRequest.create(message.request_id, client=client, codec=self._codec, sampling=sampling)
-        now_s = time.monotonic()
-        self._handle(
-            events.Submitted(
-                request_id=request_id,
-                client=client,
-                prompt_token_ids=token_ids,
-                sampling=sampling,
-                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-                deadline_at_s=None if message.deadline_s is None else now_s + message.deadline_s,
-                at_s=now_s,
+        sampling, now_s = message.sampling, time.monotonic()
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        for choice in range(sampling.n):
+            self._open[_choice_id(key, choice)] = OpenChoice.create(
+                message.request_id, choice, client=client, codec=self._codec, sampling=sampling
             )
-        )
+        for choice in range(sampling.n):
+            self._handle(
+                events.Submitted(
+                    request_id=_choice_id(key, choice),
+                    client=client,
+                    prompt_token_ids=token_ids,
+                    sampling=sampling if choice == 0 else msgspec.structs.replace(sampling, prompt_logprobs=None),
+                    seed=(seed + choice * SEED_STEP) % 2**63,
+                    priority=message.priority,
+                    deadline_at_s=None if message.deadline_s is None else now_s + message.deadline_s,
+                    at_s=now_s,
+                )
+            )
         return Accepted(request_id=message.request_id, prompt_token_ids=token_ids)
 
     def _prompt_tokens(self, message: Generate) -> tuple[int, ...]:
@@ -180,10 +198,9 @@ class CoordinatorActor(Actor):
             self._lose_pipeline(StageLost(f"the last stage broke the protocol: {error}"))
 
     def _on_cancel(self, client_request_id: str, client: ActorRef) -> None:
-        for request_id, request in list(self._open.items()):
-            if request.client == client and request.request_id == client_request_id:
+        for request_id, open_choice in list(self._open.items()):
+            if open_choice.client == client and open_choice.request_id == client_request_id:
                 self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
-                return
 
     def _on_join(self, message: Join) -> Welcome:
         if self._pool is None:
@@ -195,10 +212,7 @@ class CoordinatorActor(Actor):
 
     def _on_pipeline_up(self, pool: WorkerPool) -> None:
         self._is_up = True
-        self._steps = self.system.spawn(
-            lambda: Outbox(pool.first, owner=self.ref, timeout_s=STEP_SEND_TIMEOUT_S), name=f"steps-{pool.epoch}"
-        )
-        self._handle(events.PipelineReady(epoch=pool.epoch, at_s=time.monotonic()))
+        self._handle(events.PipelineReady(epoch=pool.epoch, kv_blocks=pool.kv_blocks, at_s=time.monotonic()))
 
     def _on_tick(self) -> None:
         now_s = time.monotonic()
@@ -261,17 +275,24 @@ class CoordinatorActor(Actor):
         if outbox is None:
             return
         self.background(self.system.stop(outbox), name="stop outbox")
+        self._updates.pop(client, None)
         for request_id in [r for r, request in self._open.items() if request.client == client]:
             self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
-    def _send(self, client: ActorRef, message: Message) -> None:
-        outbox = self._outboxes.get(client)
-        if outbox is None:
-            return
-        try:
-            outbox.tell_nowait(message)
-        except Busy:
-            self._drop_client(client)
+    def _send_updates(self) -> None:
+        """One message a client for all that has happened to its requests."""
+        for client, updates in self._updates.items():
+            outbox = self._outboxes.get(client)
+            if outbox is None:
+                continue
+            try:
+                outbox.tell_nowait(Updates(updates=tuple(updates)))
+            except Busy:
+                self.ref.signal(SendFailed(client, Busy(f"{client} does not take its messages")))
+        self._updates.clear()
+
+    def _update(self, client: ActorRef, update: Update) -> None:
+        self._updates.setdefault(client, []).append(update)
 
     # --- commands ---
 
@@ -284,6 +305,8 @@ class CoordinatorActor(Actor):
                     self._issue(command.step)
                 case commands.EmitToken():
                     self._emit(command, is_last=command.request_id in ending)
+                case commands.EmitPromptLogprobs():
+                    self._score(command)
                 case commands.FinishRequest():
                     self._finish(command)
                 case commands.FailRequest():
@@ -292,18 +315,27 @@ class CoordinatorActor(Actor):
                     assert_never(command)
 
     def _issue(self, step: Step) -> None:
-        assert self._steps is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
+        assert self._pool is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
         self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
-        self._steps.tell_nowait(step)
+        try:
+            # There are more credits than micro-batches, so this is never Busy.
+            self._pool.first.tell_nowait(step)
+        except AsyncPipeError as error:
+            self.ref.signal(SendFailed(self._pool.first, error))
 
     def _emit(self, command: commands.EmitToken, *, is_last: bool) -> None:
         request = self._open.get(command.request_id)
         if request is None or request.stopped:
             return
-        self._send(request.client, request.piece(index=command.index, token_id=command.token_id, is_last=is_last))
+        self._update(request.client, request.piece(command, is_last=is_last))
         if request.stops.found:
             request.stopped = True
             self._handle(events.StopStringFound(request_id=command.request_id, at_s=time.monotonic()))
+
+    def _score(self, command: commands.EmitPromptLogprobs) -> None:
+        request = self._open.get(command.request_id)
+        if request is not None:
+            self._update(request.client, PromptScored(request_id=request.request_id, logprobs=command.logprobs))
 
     def _finish(self, command: commands.FinishRequest) -> None:
         request = self._open.pop(command.request_id, None)
@@ -316,13 +348,22 @@ class CoordinatorActor(Actor):
             time_to_first_token_s=command.time_to_first_token_s,
             total_s=command.total_s,
         )
-        finished = Finished(request_id=request.request_id, finish_reason=command.finish_reason, text=held_back, usage=usage)
-        self._send(request.client, finished)
+        finished = Finished(
+            request_id=request.request_id,
+            finish_reason=command.finish_reason,
+            text=held_back,
+            usage=usage,
+            choice=request.choice,
+        )
+        self._update(request.client, finished)
 
     def _fail(self, command: commands.FailRequest) -> None:
+        """One choice that fails takes the others of its request with it."""
         request = self._open.pop(command.request_id, None)
-        if request is not None:
-            self._send(request.client, Failed(request_id=request.request_id, error=command.error))
+        if request is None:
+            return
+        self._update(request.client, Failed(request_id=request.request_id, error=command.error))
+        self._on_cancel(request.request_id, request.client)
 
     # --- small things ---
 
@@ -334,9 +375,14 @@ class CoordinatorActor(Actor):
     def _unique(self, request_id: str) -> str:
         """Two clients may choose the same id; one client may not use it twice at once."""
         key = f"{self._sender().node}/{request_id}"
-        if key in self._open:
+        if any(_choice_id(key, choice) in self._open for choice in range(MAX_CHOICES)):
             raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
         return key
+
+
+def _choice_id(key: str, choice: int) -> str:
+    """The machine's id of one choice of a request."""
+    return f"{key}#{choice}"
 
 
 def check_prompt(token_ids: tuple[int, ...], model: ModelInfo) -> None:

@@ -21,12 +21,13 @@ from asyncpipe.wire.messages import (
     Ready,
     StageCounters,
     StageReport,
-    StageStatus,
 )
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.partition import LayerRange
+from asyncpipe_coordinator.model_files import ModelInfo
 
 COUNTERS_TIMEOUT_S = 2.0
+KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
 CONNECT_TIMEOUT_S = 15.0
 USAGE_EXIT = 2
 
@@ -53,8 +54,9 @@ class WorkerPool:
 
     config: ServiceConfig
     layers: Sequence[LayerRange]
+    model: ModelInfo
     dtype: str
-    max_context_len: int
+    max_sequences: int  # in all micro-batches together
     address: str  # where workers find the coordinator
     token: str
     epoch: int
@@ -103,10 +105,14 @@ class WorkerPool:
     def lost(self, stage: int, what: object) -> StageLost:
         return StageLost(f"{self.describe(stage)} was lost: {what}")
 
-    async def statuses(self) -> tuple[StageStatus, ...]:
-        """One row a stage, with fresh busy counters where the stage answers in time."""
-        counters = await asyncio.gather(*(self._counters(worker) for worker in self.workers))
-        return tuple(_status(worker, count) for worker, count in zip(self.workers, counters, strict=True))
+    @property
+    def kv_blocks(self) -> int:
+        """Of the stage with the least room."""
+        return min(worker.report.kv_blocks for worker in self.workers if worker.report is not None)
+
+    async def counters(self) -> tuple[StageCounters | None, ...]:
+        """One entry a stage; None where it did not answer in time."""
+        return tuple(await asyncio.gather(*(self._counters(worker) for worker in self.workers)))
 
     async def _spawn(self, stage: int) -> Worker:
         config = self.config
@@ -159,8 +165,13 @@ class WorkerPool:
             last_layer=layers.last,
             checkpoint=str(self.config.checkpoint),
             dtype=self.dtype,
-            max_context_len=self.max_context_len,
+            max_context_len=self.model.max_context_len,
+            max_sequences=self.max_sequences,
+            eos_token_ids=tuple(sorted(self.model.eos_token_ids)),
             num_threads=self.config.threads,
+            kv_block_tokens=self.config.kv_block_tokens,
+            kv_bytes=self.config.kv_bytes,
+            kv_share=KV_SHARE / len(self.workers),
         )
         worker.report = await _joined_ref(worker).ask(plan, timeout=self.config.load_timeout_s)
         self.on_progress(f"stage {worker.stage} loaded")
@@ -203,20 +214,3 @@ def _last_line(worker: Worker) -> str:
 def _tail(worker: Worker) -> str:
     lines = worker.process.stderr_tail()
     return "; its last lines:\n  " + "\n  ".join(lines) if lines else ""
-
-
-def _status(worker: Worker, counters: StageCounters | None) -> StageStatus:
-    join, report = worker.join, worker.report
-    busy_s, span_s = (counters.busy_s, counters.span_s) if counters else (0.0, 0.0)
-    return StageStatus(
-        stage=worker.stage,
-        pid=worker.process.pid,
-        device=join.device if join else "",
-        host=join.host if join else "",
-        layers=report.layers if report else (0, 0),
-        num_params=report.num_params if report else 0,
-        param_bytes=report.param_bytes if report else 0,
-        steps=counters.steps if counters else 0,
-        busy_s=busy_s,
-        busy_share=busy_s / span_s if span_s else 0.0,
-    )

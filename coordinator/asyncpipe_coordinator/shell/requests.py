@@ -6,29 +6,42 @@ from dataclasses import dataclass
 
 from asyncpipe.actors import ActorRef
 from asyncpipe.wire.messages import Piece, Sampling
+from asyncpipe_coordinator.core.commands import EmitToken
 from asyncpipe_coordinator.text import IncrementalDetokenizer, StopStrings, TextCodec
 
 
 @dataclass(slots=True)
-class OpenRequest:
-    """A request that some client waits for."""
+class OpenChoice:
+    """One of the texts of a request that some client waits for."""
 
     request_id: str
+    choice: int
     client: ActorRef
     detokenizer: IncrementalDetokenizer
     stops: StopStrings
+    min_tokens: int
     stopped: bool = False  # a stop string was seen; what comes after it is not shown
 
     @classmethod
-    def create(cls, request_id: str, *, client: ActorRef, codec: TextCodec, sampling: Sampling) -> OpenRequest:
-        return cls(request_id, client, codec.detokenizer(), StopStrings(sampling.stop))
+    def create(cls, request_id: str, choice: int, *, client: ActorRef, codec: TextCodec, sampling: Sampling) -> OpenChoice:
+        stops = StopStrings(sampling.stop)
+        return cls(request_id, choice, client, codec.detokenizer(), stops, sampling.min_tokens)
 
-    def piece(self, *, index: int, token_id: int, is_last: bool) -> Piece:
+    def piece(self, token: EmitToken, *, is_last: bool) -> Piece:
         """The message for one token; the last one carries all text that was held back."""
-        text = self.stops.push(self.detokenizer.push(token_id))
+        text = self.detokenizer.push(token.token_id)
+        if token.index + 1 > self.min_tokens:
+            text = self.stops.push(text)
         if is_last and not self.stops.found:
             text += self.rest()
-        return Piece(request_id=self.request_id, index=index, token_id=token_id, text=text)
+        return Piece(
+            request_id=self.request_id,
+            index=token.index,
+            token_id=token.token_id,
+            text=text,
+            choice=self.choice,
+            logprobs=token.logprobs,
+        )
 
     def rest(self) -> str:
         """Text held back so far: an incomplete character, or what might have begun a stop string."""

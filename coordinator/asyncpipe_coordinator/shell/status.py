@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor
-from asyncpipe.wire.messages import GetStatus, Status
+from asyncpipe.wire.messages import GetStatus, IdleTimes, KVStatus, PipelineStatus, StageCounters, StageStatus, Status
 from asyncpipe_coordinator.core.machine import Machine
-from asyncpipe_coordinator.model_files import ModelInfo
 from asyncpipe_coordinator.shell.coordinator import CoordinatorActor
+from asyncpipe_coordinator.shell.pool import Worker, WorkerPool
 
 STATUS_ACTOR = "status"
 
@@ -19,36 +20,74 @@ class StatusActor(Actor):
 
     receives: ClassVar[Any] = GetStatus
 
-    def __init__(
-        self,
-        coordinator: CoordinatorActor,
-        *,
-        machine: Machine,
-        model: ModelInfo,
-        model_name: str,
-        num_micro_batches: int,
-    ) -> None:
+    def __init__(self, coordinator: CoordinatorActor, *, machine: Machine, model_name: str) -> None:
         self._coordinator = coordinator
         self._machine = machine
-        self._model = model
         self._model_name = model_name
-        self._num_micro_batches = num_micro_batches
         self._started_at_s = time.monotonic()
 
     async def handle(self, message: GetStatus) -> Status:
         pool = self._coordinator.pool
-        stages = await pool.statuses() if pool is not None else ()
+        counters = await pool.counters() if pool is not None else ()
         statistics = self._machine.statistics()
         return Status(
             model=self._model_name,
             state="running" if self._coordinator.is_up else "starting",
             uptime_s=time.monotonic() - self._started_at_s,
-            num_micro_batches=self._num_micro_batches,
             requests_waiting=statistics.waiting,
             requests_running=statistics.running,
             requests_finished=statistics.finished,
+            requests_failed=statistics.failed,
             prompt_tokens=statistics.prompt_tokens,
             generated_tokens=statistics.generated_tokens,
-            max_context_len=self._model.max_context_len,
-            stages=stages,
+            max_context_len=self._machine.max_context_len,
+            pipeline=self._pipeline(statistics.num_micro_batches),
+            kv=KVStatus(
+                num_blocks=statistics.num_blocks,
+                used_blocks=statistics.used_blocks,
+                block_tokens=self._machine.limits.kv_block_tokens,
+                preemptions=statistics.preemptions,
+            ),
+            stages=self._stages(pool, counters),
         )
+
+    def _pipeline(self, num_micro_batches: int) -> PipelineStatus:
+        meter, tuner = self._machine.meter, self._machine.tuner
+        return PipelineStatus(
+            num_micro_batches=num_micro_batches,
+            steps=meter.num_steps,
+            ideal_s=meter.ideal_s,
+            measured_s=meter.measured_s,
+            efficiency=meter.efficiency,
+            bubble=meter.bubble,
+            round_trip_s=tuner.round_trip_s,
+            overhead_s=tuner.overhead_s,
+        )
+
+    def _stages(self, pool: WorkerPool | None, counters: Sequence[StageCounters | None]) -> tuple[StageStatus, ...]:
+        if pool is None:
+            return ()
+        active_s = self._machine.meter.measured_s
+        return tuple(_status(worker, count, active_s) for worker, count in zip(pool.workers, counters, strict=True))
+
+
+def _status(worker: Worker, counters: StageCounters | None, active_s: float) -> StageStatus:
+    """`active_s` is for how long the pipeline has had work."""
+    join, report = worker.join, worker.report
+    busy_s, send_wait_s, span_s = (counters.busy_s, counters.send_wait_s, counters.span_s) if counters else (0.0, 0.0, 0.0)
+    return StageStatus(
+        stage=worker.stage,
+        pid=worker.process.pid,
+        device=join.device if join else "",
+        host=join.host if join else "",
+        layers=report.layers if report else (0, 0),
+        num_params=report.num_params if report else 0,
+        param_bytes=report.param_bytes if report else 0,
+        steps=counters.steps if counters else 0,
+        busy_s=busy_s,
+        busy_share=min(busy_s / active_s, 1.0) if active_s else 0.0,
+        idle=IdleTimes(
+            starved_s=max(active_s - busy_s - send_wait_s, 0.0), send_wait_s=send_wait_s, no_work_s=max(span_s - active_s, 0.0)
+        ),
+        kv_blocks=report.kv_blocks if report else 0,
+    )

@@ -1,65 +1,250 @@
-"""Keys and values of the sequences of one micro-batch, written in place and read without a copy.
+"""Keys and values of every sequence of a stage, written in place.
 
-Shapes: S slots, H heads, C capacity in tokens, K head size. A sequence owns one slot; the slots in use are always 0..n-1,
-so that all sequences can be attended to in one call over a view of the cache.
+A sequence owns a *slot*, and blocks of `block_tokens` tokens in it; the coordinator counts blocks and never lets more be used
+than there are. Shapes: S slots, H key-value heads, C capacity in tokens, K head size, N blocks, T rows of a step, B sequences.
+
+`ArenaKV` is for CPU memory: a slot is a stretch of address space as long as the context, and the operating system gives it
+memory page by page as it grows. So a sequence's keys are one strided view: nothing is copied or padded to attend to them.
+`PagedKV` is for devices whose memory has no such pages: blocks of one pool, gathered for each use (Kwon et al. 2023, "Efficient
+Memory Management for Large Language Model Serving with PagedAttention").
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 import torch
 
-MIN_CAPACITY = 64
-GROWTH = 2
+from asyncpipe.errors import Invalid
+
+PAGE_BYTES = mmap.PAGESIZE
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # address space alone is not counted as memory (mmap(2))
 
 
-class KVCache:
-    """One pair of (S, H, C, K) tensors a layer. Grows by doubling, in slots and in tokens, up to `max_context_len`."""
+class KeysValues(NamedTuple):
+    """Each (H, C, K), C the tokens asked for."""
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_size: int,
-        max_context_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._shape_HK = (num_heads, head_size)
-        self._max_context_len = max_context_len
-        self._dtype = dtype
-        self.device = device
-        self.num_slots = self.capacity = 0
-        self.keys_SHCK = [self._new(0, 0) for _ in range(num_layers)]
-        self.values_SHCK = [self._new(0, 0) for _ in range(num_layers)]
+    keys_HCK: torch.Tensor
+    values_HCK: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVShape:
+    """What a stage keeps for each token, and how much of it there may be."""
+
+    num_layers: int
+    num_heads: int
+    head_size: int
+    dtype: torch.dtype
+    max_context_len: int
+    max_sequences: int
+    block_tokens: int
 
     @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys_SHCK, *self.values_SHCK))
+    def block_bytes(self) -> int:
+        """Of one block in all layers; whole pages, for a head's tokens are one stretch of memory."""
+        head_bytes = self.block_tokens * self.head_size * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_heads * -(-head_bytes // PAGE_BYTES) * PAGE_BYTES
 
-    def reserve(self, num_slots: int, length: int) -> None:
-        """Make room for slots 0..num_slots-1 of `length` tokens each; what is stored stays."""
-        if num_slots <= self.num_slots and length <= self.capacity:
-            return
-        if num_slots > self.num_slots:
-            num_slots = max(num_slots, self.num_slots * GROWTH)
-        if length > self.capacity:
-            length = min(max(length, self.capacity * GROWTH, MIN_CAPACITY), self._max_context_len)
-        num_slots, length = max(num_slots, self.num_slots), max(length, self.capacity)
-        self.keys_SHCK = [self._grown(old, num_slots, length) for old in self.keys_SHCK]
-        self.values_SHCK = [self._grown(old, num_slots, length) for old in self.values_SHCK]
-        self.num_slots, self.capacity = num_slots, length
+    @property
+    def most_blocks(self) -> int:
+        """That could ever be used."""
+        return self.max_sequences * self.blocks_for(self.max_context_len)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot over another."""
-        for tensor_SHCK in (*self.keys_SHCK, *self.values_SHCK):
-            tensor_SHCK[target, :, :length] = tensor_SHCK[source, :, :length]
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
 
-    def _new(self, num_slots: int, capacity: int) -> torch.Tensor:
-        num_heads, head_size = self._shape_HK
-        return torch.zeros((num_slots, num_heads, capacity, head_size), dtype=self._dtype, device=self.device)
 
-    def _grown(self, old_SHCK: torch.Tensor, num_slots: int, capacity: int) -> torch.Tensor:
-        new_SHCK = self._new(num_slots, capacity)
-        new_SHCK[: self.num_slots, :, : self.capacity] = old_SHCK
-        return new_SHCK
+class KVCache(Protocol):
+    """Where keys and values are. Slots are small integers."""
+
+    num_blocks: int
+
+    def open(self) -> int:
+        """A slot for a new sequence. Raises Invalid when all are taken."""
+        ...
+
+    def close(self, slot: int) -> None: ...
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Make room for `length` tokens in total. Raises Invalid when there are not enough blocks."""
+        ...
+
+    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
+        """One token of each of B sequences."""
+        ...
+
+    def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
+        """Tokens from position `start` on of one sequence."""
+        ...
+
+    def read(self, layer: int, slot: int, length: int) -> KeysValues:
+        """The first `length` tokens; to be used before the next write."""
+        ...
+
+
+class _Slots:
+    """Which slots are free, and how many blocks each one has; the last freed is taken first, for its memory is warm."""
+
+    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+        self._shape = shape
+        self.num_blocks = num_blocks
+        self.free = list(range(shape.max_sequences))[::-1]
+        self.blocks = [0] * shape.max_sequences
+        self.num_used = 0
+
+    def open(self) -> int:
+        if not self.free:
+            raise Invalid(f"more than {self._shape.max_sequences} sequences at once")
+        return self.free.pop()
+
+    def grow(self, slot: int, length: int) -> int:
+        """Count the blocks for `length` tokens; returns how many are new."""
+        if length > self._shape.max_context_len:
+            raise Invalid(f"a sequence of {length} tokens in a context of {self._shape.max_context_len}")
+        more = self._shape.blocks_for(length) - self.blocks[slot]
+        if more <= 0:
+            return 0
+        if self.num_used + more > self.num_blocks:
+            raise Invalid(f"{self.num_used + more} blocks of keys and values are needed; there are {self.num_blocks}")
+        self.blocks[slot] += more
+        self.num_used += more
+        return more
+
+    def close(self, slot: int) -> None:
+        self.num_used -= self.blocks[slot]
+        self.blocks[slot] = 0
+        self.free.append(slot)
+
+
+class ArenaKV:
+    """In CPU memory. Raises Invalid when the address space cannot be had."""
+
+    def __init__(self, shape: KVShape, *, num_blocks: int) -> None:
+        self._slots = _Slots(shape, num_blocks)
+        self.num_blocks = num_blocks
+        self._warm_blocks = [0] * shape.max_sequences  # that a slot has memory for, in use or not
+        self._num_warm = 0
+        # A head's stretch of memory is whole pages, so that each block's pages are its own.
+        granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
+        capacity = -(-shape.max_context_len // granule) * granule
+        self._shape_SHCK = (shape.max_sequences, shape.num_heads, capacity, shape.head_size)
+        self._slot_bytes = math.prod(self._shape_SHCK[1:]) * shape.dtype.itemsize
+        self._maps: list[mmap.mmap] = []
+        self._keys = [self._new(shape.dtype) for _ in range(shape.num_layers)]
+        self._values = [self._new(shape.dtype) for _ in range(shape.num_layers)]
+
+    def open(self) -> int:
+        return self._slots.open()
+
+    def close(self, slot: int) -> None:
+        self._slots.close(slot)
+
+    def reserve(self, slot: int, length: int) -> None:
+        self._slots.grow(slot, length)
+        more = self._slots.blocks[slot] - self._warm_blocks[slot]
+        if more > 0:
+            self._warm_blocks[slot] += more
+            self._num_warm += more
+            self._cool()
+
+    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
+        self._keys[layer][slots_B, :, positions_B] = kv_BHK[0]
+        self._values[layer][slots_B, :, positions_B] = kv_BHK[1]
+
+    def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
+        end = start + len(kv_THK[0])
+        self._keys[layer][slot, :, start:end] = kv_THK[0].transpose(0, 1)
+        self._values[layer][slot, :, start:end] = kv_THK[1].transpose(0, 1)
+
+    def read(self, layer: int, slot: int, length: int) -> KeysValues:
+        return KeysValues(self._keys[layer][slot, :, :length], self._values[layer][slot, :, :length])
+
+    def _new(self, dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = self._shape_SHCK[0] * self._slot_bytes
+        try:
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        except (OSError, OverflowError) as error:
+            raise Invalid(
+                f"cannot reserve {num_bytes} bytes of address space for keys and values ({error}):"
+                " use a smaller --max-sequences"
+            ) from None
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would hold what nobody has counted
+        self._maps.append(memory)
+        return torch.frombuffer(memory, dtype=dtype).view(self._shape_SHCK)
+
+    def _cool(self) -> None:
+        """Give the memory of free slots back, the longest unused first, until no more is held than there are blocks."""
+        for slot in self._slots.free:
+            if self._num_warm <= self.num_blocks:
+                return
+            if self._warm_blocks[slot]:
+                for memory in self._maps:
+                    memory.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+                self._num_warm -= self._warm_blocks[slot]
+                self._warm_blocks[slot] = 0
+
+
+class PagedKV:
+    """In any device's memory, all of it allocated at once."""
+
+    def __init__(self, shape: KVShape, *, num_blocks: int, device: torch.device) -> None:
+        self._slots = _Slots(shape, num_blocks)
+        self.num_blocks = num_blocks
+        self._block_tokens = shape.block_tokens
+        self._free_blocks = list(range(num_blocks))[::-1]
+        self._tables: list[list[int]] = [[] for _ in range(shape.max_sequences)]
+        self._device = device
+        size_NHTK = (num_blocks, shape.num_heads, shape.block_tokens, shape.head_size)
+        pools = [torch.empty(size_NHTK, dtype=shape.dtype, device=device) for _ in range(2 * shape.num_layers)]
+        self._keys, self._values = pools[: shape.num_layers], pools[shape.num_layers :]
+
+    def open(self) -> int:
+        return self._slots.open()
+
+    def close(self, slot: int) -> None:
+        self._slots.close(slot)
+        self._free_blocks += self._tables[slot]
+        self._tables[slot] = []
+
+    def reserve(self, slot: int, length: int) -> None:
+        for _ in range(self._slots.grow(slot, length)):
+            self._tables[slot].append(self._free_blocks.pop())
+
+    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
+        places = zip(slots_B.tolist(), positions_B.tolist(), strict=True)
+        blocks_B = self._indices([self._tables[slot][position // self._block_tokens] for slot, position in places])
+        offsets_B = positions_B % self._block_tokens
+        self._keys[layer][blocks_B, :, offsets_B] = kv_BHK[0]
+        self._values[layer][blocks_B, :, offsets_B] = kv_BHK[1]
+
+    def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
+        positions = range(start, start + len(kv_THK[0]))
+        blocks_T = self._indices([self._tables[slot][position // self._block_tokens] for position in positions])
+        offsets_T = self._indices([position % self._block_tokens for position in positions])
+        self._keys[layer][blocks_T, :, offsets_T] = kv_THK[0]
+        self._values[layer][blocks_T, :, offsets_T] = kv_THK[1]
+
+    def read(self, layer: int, slot: int, length: int) -> KeysValues:
+        blocks_N = self._indices(self._tables[slot][: -(-length // self._block_tokens)])
+        return KeysValues(
+            self._gathered(self._keys[layer], blocks_N, length), self._gathered(self._values[layer], blocks_N, length)
+        )
+
+    def _gathered(self, pool_NHTK: torch.Tensor, blocks_N: torch.Tensor, length: int) -> torch.Tensor:
+        return pool_NHTK[blocks_N].transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def _indices(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def make_kv_cache(shape: KVShape, *, num_blocks: int, device: torch.device) -> KVCache:
+    """The kind that fits the device."""
+    if device.type == "cpu":
+        return ArenaKV(shape, num_blocks=num_blocks)
+    return PagedKV(shape, num_blocks=num_blocks, device=device)

@@ -193,9 +193,9 @@ class OPTStage:
             self.head = Head(reader, config, self.embedding) if last == config.num_layers else None
             self.num_params, self.param_bytes = reader.num_params, reader.param_bytes
 
-    def __call__(self, input_T: torch.Tensor, layout: StepLayout, cache: KVCache, *, rows: torch.Tensor) -> torch.Tensor:
-        """Token ids (T,) or hidden states (T, D) to hidden states (T, D), or on the last stage the logits of `rows`, (R, V)."""
+    def __call__(self, input_T: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
+        """Token ids (T,) or hidden states (T, D) to hidden states (T, D); `head` makes logits of them on the last stage."""
         hidden_TD = input_T if self.embedding is None else self.embedding(input_T, layout.positions_T)
         for layer in self.layers:
             hidden_TD = layer(hidden_TD, layout, cache)
-        return hidden_TD if self.head is None else self.head(hidden_TD[rows])
+        return hidden_TD

@@ -1,0 +1,243 @@
+"""Messages between the coordinator and the stages, and from stage to stage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from asyncpipe.errors import ErrorData
+from asyncpipe.wire.fields import (
+    MAX_CONTEXT_TOKENS,
+    MAX_SEQUENCES_PER_STEP,
+    MAX_STAGES,
+    Count,
+    Message,
+    Microseconds,
+    Name,
+    Request,
+    Seconds,
+    SequenceNumbers,
+    Signed,
+    StepTokenIds,
+    TokenIds,
+)
+from asyncpipe.wire.sampling import Sampling, TokenLogprobs
+from asyncpipe.wire.tensors import Tensor
+
+MAX_SPANS_PER_MESSAGE = 8192
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the stages have not seen: its tokens so far, none of which is computed yet.
+
+    `num_prompt` of `token_ids` are the prompt; the rest were generated before the sequence lost its KV. `sampling` has its
+    seed filled in.
+    """
+
+    sequence: Count
+    token_ids: TokenIds
+    num_prompt: Count
+    sampling: Sampling = Sampling()
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """The next `count` tokens of an opened sequence. With its last one the sequence joins the step's micro-batch."""
+
+    sequence: Count
+    count: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What changes before a step is computed, applied by every stage in this order.
+
+    `left` sequences are forgotten, wherever they are. `parted` leave the micro-batch but keep their KV. `adopted`, parted from
+    another one before, are appended. Then every member gets one token of `token_ids`, in order (stages after the first only
+    need the number). `opened` begin; `chunks` are computed after the members' tokens; a sequence whose last chunk this is
+    becomes a member. `padding` rows follow that belong to nobody (static batching pays for its padding).
+    """
+
+    left: SequenceNumbers = ()
+    parted: SequenceNumbers = ()
+    adopted: SequenceNumbers = ()
+    token_ids: StepTokenIds = ()
+    opened: Annotated[tuple[Opened, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
+    chunks: Annotated[tuple[Chunk, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
+    padding: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens to compute, padding included."""
+        return len(self.token_ids) + sum(chunk.count for chunk in self.chunks) + self.padding
+
+
+class StageTiming(msgspec.Struct, frozen=True, array_like=True):
+    """One stage's part of a step: from its arrival to the start of computing, and computing."""
+
+    queue_us: Microseconds
+    compute_us: Microseconds
+
+
+Timings = Annotated[tuple[StageTiming, ...], Meta(max_length=MAX_STAGES)]
+
+
+class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """coordinator -> stage 0, and stage k -> stage k + 1 with `hidden`: compute one step of one micro-batch.
+
+    `hidden` is (T, D): T counts the step's rows. `timings` has one entry a stage that the step has passed.
+    """
+
+    epoch: Count
+    micro_batch: Count
+    step: Count
+    delta: Delta
+    timings: Timings = ()
+    hidden: Tensor | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """What a chunk's rows say of the prompt tokens that follow them."""
+
+    sequence: Count
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_CONTEXT_TOKENS)]
+
+
+class Tokens(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order.
+
+    `logprobs` is empty when no member asked for them, else as long as `token_ids`.
+    """
+
+    epoch: Count
+    micro_batch: Count
+    step: Count
+    token_ids: StepTokenIds
+    timings: Timings = ()
+    logprobs: Annotated[tuple[TokenLogprobs | None, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
+
+
+# --- worker -> coordinator --------------------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """coordinator -> worker, the answer to `Join`."""
+
+    epoch: Count
+
+
+class Join(Request[Welcome], frozen=True, kw_only=True):
+    """worker -> coordinator, first: who it is and where its predecessor can reach it."""
+
+    slot: Count  # which spawned worker this is; the coordinator maps slots to stages
+    pid: Count
+    host: Name
+    device: Name
+    address: Name
+
+
+class StageReport(Message, frozen=True, kw_only=True):
+    """worker -> coordinator, the answer to `LoadStage`: what this stage now holds in memory."""
+
+    stage: Count
+    layers: tuple[Count, Count]
+    num_params: Count
+    param_bytes: Count
+    load_s: Seconds
+    kv_blocks: Count  # that fit into this stage's KV memory
+    kv_block_bytes: Count
+
+
+class StageFailed(Message, frozen=True, kw_only=True):
+    """any stage -> coordinator: a step could not be computed."""
+
+    epoch: Count
+    stage: Count
+    error: ErrorData
+
+
+class StageCounters(Message, frozen=True, kw_only=True):
+    """stage -> coordinator, the answer to `GetCounters`. Times since the start of the first step."""
+
+    stage: Count
+    steps: Count
+    busy_s: Seconds
+    send_wait_s: Seconds
+    span_s: Seconds  # to the end of the last step
+
+
+class ClockReading(Message, frozen=True, kw_only=True):
+    """stage -> coordinator, the answer to `GetClock`: the worker's monotonic clock."""
+
+    monotonic_ns: Signed
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Something a stage did, on the worker's monotonic clock. `kind` is one of `asyncpipe.trace.SpanKind`."""
+
+    kind: Annotated[int, Meta(ge=0, lt=64)]
+    micro_batch: Count
+    step: Count
+    start_ns: Signed
+    duration_ns: Count
+    num_rows: Count
+
+
+class Spans(Message, frozen=True, kw_only=True):
+    """stage -> coordinator, the answer to `GetSpans`: those since `first`, and how many the ring has lost before it."""
+
+    first: Count
+    num_lost: Count
+    spans: Annotated[tuple[Span, ...], Meta(max_length=MAX_SPANS_PER_MESSAGE)]
+
+
+# --- coordinator -> worker --------------------------------------------------------------------------------------------
+
+
+class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=True):
+    """coordinator -> worker: become stage `stage` with decoder layers [first_layer, last_layer) of the checkpoint."""
+
+    epoch: Count
+    stage: Count
+    num_stages: Annotated[int, Meta(ge=1, le=MAX_STAGES)]
+    first_layer: Count
+    last_layer: Count
+    checkpoint: Name  # a directory on the worker's own file system
+    dtype: Name  # float32, bfloat16, float16
+    max_context_len: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
+    max_sequences: Annotated[int, Meta(ge=1, le=2**20)]  # in all micro-batches together
+    eos_token_ids: StepTokenIds = ()
+    num_threads: Count = 0  # compute threads; 0 leaves torch's default
+    kv_block_tokens: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
+    kv_bytes: Count | None = None  # memory for keys and values; None: `kv_share` of what is free once the layers are loaded
+    kv_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """worker -> coordinator, the answer to `ConnectNext`."""
+
+    stage: Count
+
+
+class ConnectNext(Request[Ready], frozen=True, kw_only=True):
+    """coordinator -> worker, after every stage has loaded: where the next stage listens (None on the last)."""
+
+    epoch: Count
+    address: Name | None
+
+
+class GetCounters(Request[StageCounters], frozen=True, kw_only=True):
+    """coordinator -> worker: busy time so far."""
+
+
+class GetClock(Request[ClockReading], frozen=True, kw_only=True):
+    """coordinator -> worker: what is your time? Asked a few times, to align clocks."""
+
+
+class GetSpans(Request[Spans], frozen=True, kw_only=True):
+    """coordinator -> worker: what was recorded from span number `first` on."""
+
+    first: Count

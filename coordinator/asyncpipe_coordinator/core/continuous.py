@@ -1,0 +1,167 @@
+"""What goes into the next step of a micro-batch: decode tokens, then as much prefill as keeps all steps alike.
+
+The prefill rate follows token throttling as in gLLM (Guo et al. 2025, "gLLM: Global Balanced Pipeline Parallelism System for
+Distributed LLM Serving with Token Throttling"): the tokens that wait are spread over the next steps, fewer of them when the
+KV memory is nearly full, and decode tokens are spread evenly over the micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asyncpipe.wire.messages import Chunk, Delta, Opened
+from asyncpipe_coordinator.core.books import Books
+from asyncpipe_coordinator.core.sequences import MicroBatch, Sequence, SequenceState
+
+SPREAD_STEPS = 8  # waiting prompt tokens are spread over so many steps
+MIN_PREFILL_TOKENS = 32
+KV_RESERVE = 0.05  # prefill slows down to its minimum when so little of the KV memory is free
+WATERMARK = 0.01  # free blocks left over by an admission, for the growth of those that run
+OLDEST_SHARE = 4  # one in so many prefill tokens is the oldest prompt's, however short the others are
+
+
+@dataclass(slots=True)
+class Composition:
+    """A step in the making; `sampled` are the members whose tokens it will bring, in order."""
+
+    parted: list[Sequence] = field(default_factory=list)
+    adopted: list[Sequence] = field(default_factory=list)
+    opened: list[Opened] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    token_ids: tuple[int, ...] = ()
+    padding: int = 0
+
+    def delta(self, books: Books) -> Delta:
+        left, books.to_forget = tuple(books.to_forget), []
+        return Delta(
+            left=left,
+            parted=tuple(sequence.number for sequence in self.parted),
+            adopted=tuple(sequence.number for sequence in self.adopted),
+            token_ids=self.token_ids,
+            opened=tuple(self.opened),
+            chunks=tuple(self.chunks),
+            padding=self.padding,
+        )
+
+
+def compose(books: Books, micro_batch: MicroBatch) -> Delta:
+    """Change `micro_batch` and the books for its next step, and describe the change. Its members rest when this is called."""
+    step = Composition()
+    _part(books, micro_batch, step)
+    _adopt(books, micro_batch, step)
+    grow(books, micro_batch)
+    step.adopted = [sequence for sequence in step.adopted if sequence.state is SequenceState.RUNNING]
+    decode(micro_batch, step)
+    if micro_batch.index < books.num_open:
+        _prefill(books, micro_batch, step)
+    return step.delta(books)
+
+
+def decode(micro_batch: MicroBatch, step: Composition) -> None:
+    """Every member goes on by one token."""
+    step.token_ids = tuple(member.last_token for member in micro_batch.members)
+    for member in micro_batch.members:
+        member.num_computed += 1
+
+
+def grow(books: Books, micro_batch: MicroBatch) -> None:
+    """Blocks for one more token of each member. Where there are none, the least important member gives up its own.
+
+    This cannot go in circles: a sequence that comes back gets blocks for all its tokens and one more, so each return brings at
+    least a token; and a sequence alone always fits.
+    """
+    for member in list(micro_batch.members):
+        while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.length):
+            books.preempt(min(micro_batch.members, key=lambda m: (m.request.priority, -m.arrival)))
+
+
+def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
+    """Give away whoever is more than this micro-batch's even share."""
+    share = -(-books.num_running // books.num_open) if micro_batch.index < books.num_open else 0
+    while len(micro_batch.members) > share:
+        sequence = micro_batch.members.pop()
+        sequence.move(SequenceState.PARKED)
+        books.parked.append(sequence)
+        step.parted.append(sequence)
+
+
+def _adopt(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
+    share = -(-books.num_running // books.num_open) if micro_batch.index < books.num_open else 0
+    while books.parked and len(micro_batch.members) < min(share, books.limits.max_sequences_per_micro_batch):
+        sequence = books.parked.popleft()
+        sequence.move(SequenceState.RUNNING)
+        micro_batch.members.append(sequence)
+        step.adopted.append(sequence)
+
+
+def _prefill(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
+    _admit(books)
+    budget = prefill_budget(books, num_decoding=len(micro_batch.members))
+    room = _share_of_all(books) - len(micro_batch.members)  # for sequences whose prompt ends with this step
+    for sequence, wanted in _shares(books.prefilling, budget):
+        count = wanted if wanted < sequence.num_remaining or room > 0 else wanted - 1
+        if not count:
+            continue
+        if not sequence.num_computed:
+            step.opened.append(sequence.opened())
+        step.chunks.append(Chunk(sequence.number, count))
+        sequence.num_computed += count
+        if not sequence.num_remaining:
+            room -= 1
+            start_running(books, micro_batch, sequence)
+
+
+def start_running(books: Books, micro_batch: MicroBatch, sequence: Sequence) -> None:
+    """Its last chunk goes out with this step, which will bring its first token."""
+    books.prefilling.remove(sequence)
+    sequence.move(SequenceState.RUNNING)
+    micro_batch.members.append(sequence)
+
+
+def _admit(books: Books) -> None:
+    """Let waiting sequences begin, in their order, while there are blocks for their tokens and the first new one."""
+    limits = books.limits
+    watermark = int(WATERMARK * books.ledger.num_blocks) * books.limits.kv_block_tokens
+    while (
+        books.waiting
+        and books.num_admitted < books.num_open * limits.max_sequences_per_micro_batch
+        and len(books.prefilling) < limits.max_sequences_per_micro_batch
+    ):
+        num_tokens = books.waiting.first().length + 1
+        if books.num_admitted and books.ledger.num_free < books.ledger.blocks_for(num_tokens + watermark):
+            return
+        if books.admit(num_tokens=num_tokens) is None:
+            return
+
+
+def prefill_budget(books: Books, *, num_decoding: int) -> int:
+    """Prompt tokens for one step. All that fit when nobody decodes, for then nobody is held up."""
+    most = max(books.limits.max_step_tokens - num_decoding, 1)
+    if not books.num_running:
+        return most
+    waiting = books.waiting.num_tokens + sum(sequence.num_remaining for sequence in books.prefilling)
+    free_share = books.ledger.num_free / max(books.ledger.num_blocks, 1)
+    headroom = max(free_share - KV_RESERVE, 0.0) / (1.0 - KV_RESERVE)
+    rate = min(-(-waiting // SPREAD_STEPS), int(headroom * most))
+    return min(max(rate, MIN_PREFILL_TOKENS), most)
+
+
+def _shares(prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """Who gets how many of `budget` tokens: a part for the oldest, then the shortest first: no short prompt waits long."""
+    if not prefilling:
+        return []
+    oldest = prefilling[0]
+    shares = {oldest: min(oldest.num_remaining, -(-budget // OLDEST_SHARE))}
+    budget -= shares[oldest]
+    for sequence in sorted(prefilling, key=lambda s: s.num_remaining):
+        more = min(sequence.num_remaining - shares.get(sequence, 0), budget)
+        if more:
+            shares[sequence] = shares.get(sequence, 0) + more
+            budget -= more
+    return list(shares.items())
+
+
+def _share_of_all(books: Books) -> int:
+    """Members that a micro-batch has when everyone who is here or waits is spread evenly."""
+    everyone = books.num_admitted + len(books.waiting)
+    return min(-(-everyone // books.num_open), books.limits.max_sequences_per_micro_batch)

@@ -1,0 +1,89 @@
+"""How many micro-batches: chosen from measured stage times and round trips.
+
+With M micro-batches of b sequences, a stage that takes t(b), and an overhead o of links and coordinator, a round trip takes at
+least the sum of the stages' times and o, and the slowest stage needs M t(b) for one step of each. So M b tokens come back in
+max(M max t(b), sum t(b) + o) seconds. More micro-batches than fill the pipeline make each one smaller, when there are only so
+many sequences, and a stage's time hardly depends on its batch: then they cost throughput.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from asyncpipe.wire.messages import StageTiming
+
+FORGET = 0.97  # what a measurement weighs after the next one
+WORTH = 0.005  # another micro-batch must promise so much more throughput
+SLACK = 1.5  # overheads vary; plan for more than the mean
+
+
+@dataclass(slots=True)
+class _Line:
+    """Exponentially weighted least squares of y = a + c x."""
+
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        self.weight = self.weight * FORGET + 1.0
+        self.x = self.x * FORGET + x
+        self.y = self.y * FORGET + y
+        self.xx = self.xx * FORGET + x * x
+        self.xy = self.xy * FORGET + x * y
+
+    def at(self, x: float) -> float:
+        """The estimate at `x`, never falling with x, never below a tenth of the mean."""
+        mean_x, mean_y = self.x / self.weight, self.y / self.weight
+        spread = self.xx / self.weight - mean_x**2
+        slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.25 else 0.0
+        return max(mean_y + max(slope, 0.0) * (x - mean_x), mean_y / 10)
+
+
+@dataclass(slots=True)
+class Tuner:
+    num_stages: int
+    _stages: list[_Line] = field(default_factory=list)
+    _overhead: _Line = field(default_factory=_Line)
+    _round_trip: _Line = field(default_factory=_Line)
+
+    def observe(self, *, num_rows: int, timings: Sequence[StageTiming], round_trip_s: float) -> None:
+        """One step: its rows, what the stages say, and the time from its issue to its tokens."""
+        if len(timings) != self.num_stages or not num_rows:
+            return
+        if not self._stages:
+            self._stages = [_Line() for _ in timings]
+        for line, timing in zip(self._stages, timings, strict=True):
+            line.add(num_rows, timing.compute_us / 1e6)
+        inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
+        self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
+        self._round_trip.add(0.0, round_trip_s)
+
+    @property
+    def overhead_s(self) -> float:
+        return self._overhead.at(0.0) if self._stages else 0.0
+
+    @property
+    def round_trip_s(self) -> float:
+        return self._round_trip.at(0.0) if self._stages else 0.0
+
+    def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
+        """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
+        which it is before anything was measured, to `most`."""
+        fewest = min(self.num_stages, most)
+        if not self._stages:
+            return fewest
+        chosen, best = fewest, 0.0
+        for count in range(fewest, most + 1):
+            batch = min(max_sequences, num_sequences / count)
+            times_s = [line.at(batch) for line in self._stages]
+            slowest_s, through_s = count * max(times_s), sum(times_s) + SLACK * self.overhead_s
+            throughput = count * batch / max(slowest_s, through_s)
+            if throughput > best * (1 + WORTH):
+                chosen, best = count, throughput
+            if slowest_s >= through_s:
+                break  # the slowest stage is never idle: more cannot help
+        return chosen

@@ -1,0 +1,45 @@
+"""What a stage did with its time: counters for the status, spans for the trace."""
+
+from __future__ import annotations
+
+from asyncpipe.trace import SpanKind, SpanRing
+from asyncpipe.wire.messages import StageCounters, Step
+
+MIN_STARVED_NS = 20_000  # shorter gaps are not worth a span
+
+
+class StageRecorder:
+    """All times in nanoseconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.spans = SpanRing()
+        self._num_steps = 0
+        self._busy_ns = self._send_wait_ns = 0
+        self._first_start_ns = self._last_end_ns = 0
+
+    def computed(self, step: Step, *, start_ns: int, end_ns: int) -> None:
+        self._num_steps += 1
+        self._busy_ns += end_ns - start_ns
+        if not self._first_start_ns:
+            self._first_start_ns = start_ns
+        elif start_ns - self._last_end_ns > MIN_STARVED_NS:
+            self._add(SpanKind.STARVED, step, self._last_end_ns, start_ns)
+        self._last_end_ns = end_ns
+        self._add(SpanKind.COMPUTE, step, start_ns, end_ns)
+
+    def sent(self, step: Step, *, start_ns: int, end_ns: int) -> None:
+        self._send_wait_ns += end_ns - start_ns
+        self._add(SpanKind.SEND, step, start_ns, end_ns)
+
+    def counters(self, stage: int) -> StageCounters:
+        return StageCounters(
+            stage=stage,
+            steps=self._num_steps,
+            busy_s=self._busy_ns / 1e9,
+            send_wait_s=self._send_wait_ns / 1e9,
+            span_s=(self._last_end_ns - self._first_start_ns) / 1e9,
+        )
+
+    def _add(self, kind: SpanKind, step: Step, start_ns: int, end_ns: int) -> None:
+        rows = step.delta.num_rows
+        self.spans.add(kind, micro_batch=step.micro_batch, step=step.step, start_ns=start_ns, end_ns=end_ns, num_rows=rows)
