@@ -11,9 +11,7 @@ from typing import Any
 
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
-from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.model_files import resolve_model
-from asyncpipe_coordinator.options import Parser, add_model_options, add_sampling_options, check_log_level
+from asyncpipe_coordinator.options import Parser, add_model_options, add_sampling_options, check_log_level, config_of
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -24,7 +22,9 @@ DEFAULT_BIND = "tcp://127.0.0.1:5550"
 EPILOG = """examples:
   asyncpipe-coordinator generate --prompt 'import '                  the bundled model, one stage
   asyncpipe-coordinator generate ./opt-1.3b --stages 2 --prompt Hi   a model directory, two stages
+  asyncpipe-coordinator batch --input in.jsonl --output out.jsonl    a file of prompts, resumable
   asyncpipe-coordinator serve facebook/opt-125m --stages 2           a hub model, for clients
+  asyncpipe-coordinator generate --device sim:layer_ms=10 --stages 16 --prompt x --trace trace.json
 """
 
 GENERATE_EPILOG = """examples:
@@ -32,6 +32,19 @@ GENERATE_EPILOG = """examples:
   asyncpipe-coordinator generate ./opt-1.3b --stages 3 --split 8,8,8 --prompt Hello --prompt World --json
   asyncpipe-coordinator generate --prompt-file prompts.txt --temperature 0.8 --seed 7
   echo 'class Stack:' | asyncpipe-coordinator generate
+"""
+
+BATCH_EPILOG = """examples:
+  asyncpipe-coordinator batch ./opt-1.3b --stages 2 --input prompts.jsonl --output texts.jsonl
+  asyncpipe-coordinator batch --input requests.jsonl --output results.jsonl --unordered --max-new-tokens 200
+
+lines of the input:
+  {"prompt": "Once upon a time", "max_new_tokens": 50, "custom_id": "a"}
+  {"prompt_token_ids": [2, 100, 657], "temperature": 0.8, "seed": 7}
+  {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello", "max_tokens": 20}}
+
+Parameters given as flags hold for lines that do not set them. Killed at any moment and run again, the command finishes with
+every line exactly once.
 """
 
 SERVE_EPILOG = """examples:
@@ -48,6 +61,7 @@ def build_parser() -> Parser:
     parser = _parser("asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(commands)
+    _add_batch(commands)
     _add_serve(commands)
     return parser
 
@@ -79,31 +93,25 @@ def _run(arguments: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     command = _command(arguments.command)
-    config = _config(arguments)
+    config = config_of(arguments)
     return run(lambda: command(arguments, config))
 
 
 def _command(name: str) -> Callable[..., Coroutine[Any, Any, int]]:
-    if name == "generate":
-        from asyncpipe_coordinator.generate import generate
+    """Imported when it is run, so that `--help` is quick."""
+    match name:
+        case "generate":
+            from asyncpipe_coordinator.generate import generate
 
-        return generate
-    from asyncpipe_coordinator.serve import serve
+            return generate
+        case "batch":
+            from asyncpipe_coordinator.batch import batch
 
-    return serve
+            return batch
+        case _:
+            from asyncpipe_coordinator.serve import serve
 
-
-def _config(arguments: argparse.Namespace) -> ServiceConfig:
-    return ServiceConfig(
-        checkpoint=resolve_model(arguments.model),
-        num_stages=arguments.stages,
-        split=arguments.split,
-        num_micro_batches=arguments.micro_batches,
-        max_sequences=arguments.max_sequences,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        threads_per_stage=arguments.threads_per_stage,
-    )
+            return serve
 
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -119,6 +127,22 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     add_sampling_options(parser)
     parser.option("--timeout", type=float, default=3600.0, metavar="S", help="seconds for one prompt (default: 3600)")
     parser.option("--json", action="store_true", help="one JSON object a prompt on stdout, the summary on stderr")
+    parser.option("--trace", metavar="FILE", help="what the stages did, for ui.perfetto.dev")
+    parser.option("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _add_batch(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "batch", "Generate for every line of a file; run again, it goes on.", BATCH_EPILOG)
+    add_model_options(parser)
+    parser.option("--input", metavar="FILE", help="one JSON object a line: prompt or prompt_token_ids, and parameters")
+    parser.option("--output", metavar="FILE", help="one JSON object a line")
+    parser.option("--errors", metavar="FILE", help="lines that cannot be done, and why (default: OUTPUT.errors.jsonl)")
+    parser.option("--unordered", action="store_true", help="write lines as they finish, not in the order of the input")
+    parser.option("--overwrite", action="store_true", help="start afresh, even where output exists")
+    add_sampling_options(parser)
+    parser.option("--timeout", type=float, default=86400.0, metavar="S", help="seconds for one line (default: 86400)")
+    parser.option("--json", action="store_true", help="the summary as JSON on stdout")
+    parser.option("--trace", metavar="FILE", help="what the stages did, for ui.perfetto.dev")
     parser.option("--quiet", action="store_true", help="no progress, no summary")
 
 

@@ -15,13 +15,15 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from asyncpipe.client import Client, Generation, TextStream, connect
+from asyncpipe.client import Choice, Client, Generation, TextStream, connect
 from asyncpipe.client.sampling import SamplingOptions, make_sampling
 from asyncpipe.errors import AsyncPipeError, Invalid, to_data
-from asyncpipe.wire.messages import StageStatus
+from asyncpipe.wire.messages import Status, TokenLogprobs, Usage
 from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.options import sampling_options
 from asyncpipe_coordinator.prompts import collect_prompts
 from asyncpipe_coordinator.service import Service
+from asyncpipe_coordinator.summary import Tally, summarize, summary_lines
 
 MAX_IN_FLIGHT = 1024  # prompts sent to the coordinator at once
 
@@ -35,36 +37,16 @@ class Run:
     outcomes: list[Outcome | None]
     started_at_s: float = field(default_factory=time.monotonic)
     ended_at_s: float = 0.0
-    stages: tuple[StageStatus, ...] = ()
-
-    def generations(self) -> list[Generation]:
-        return [outcome for outcome in self.outcomes if isinstance(outcome, Generation)]
+    status: Status | None = None
 
     def summary(self) -> dict[str, Any]:
-        """Token counts; seconds and tokens/s over the whole run; the first request's time to first token; busy shares."""
-        done = self.generations()
-        seconds = self.ended_at_s - self.started_at_s
-        num_tokens = sum(generation.usage.completion_tokens for generation in done)
-        first_s = min((generation.usage.time_to_first_token_s for generation in done), default=0.0)
-        return {
-            "requests": len(self.outcomes),
-            "failed": len(self.outcomes) - len(done),
-            "prompt_tokens": sum(generation.usage.prompt_tokens for generation in done),
-            "completion_tokens": num_tokens,
-            "seconds": round(seconds, 4),
-            "tokens_per_s": round(num_tokens / seconds, 2) if seconds else 0.0,
-            "time_to_first_token_s": round(first_s, 4),
-            "stages": [_stage_summary(stage) for stage in self.stages],
-        }
-
-
-def _stage_summary(stage: StageStatus) -> dict[str, Any]:
-    return {
-        "stage": stage.stage,
-        "layers": list(stage.layers),
-        "num_params": stage.num_params,
-        "busy_share": round(stage.busy_share, 4),
-    }
+        tally = Tally(seconds=self.ended_at_s - self.started_at_s)
+        for outcome in self.outcomes:
+            if isinstance(outcome, Generation):
+                tally.add(outcome.usage)
+            else:
+                tally.add_failed()
+        return summarize(tally, self.status)
 
 
 async def generate(arguments: argparse.Namespace, config: ServiceConfig) -> int:
@@ -72,28 +54,18 @@ async def generate(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     prompts = collect_prompts(arguments.prompt or [], arguments.prompt_file or [])
     options = sampling_options(arguments)
     make_sampling(options)
-    async with _service(config, quiet=arguments.quiet) as service:
-        address = await service.listen(f"inproc://asyncpipe-{secrets.token_hex(8)}")
-        async with connect(address) as client:
-            run = await _generate_all(client, prompts, options, arguments, service)
+    async with (
+        open_service(config, quiet=arguments.quiet) as service,
+        connect(await service.listen(f"inproc://asyncpipe-{secrets.token_hex(8)}")) as client,
+        service.tracing(arguments.trace),
+    ):
+        run = await _generate_all(client, prompts, options, arguments)
     _print_summary(run, as_json=arguments.json, quiet=arguments.quiet)
     return _exit_status(run)
 
 
-def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
-    return {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-        "stop": tuple(arguments.stop or ()),
-        "ignore_eos": arguments.ignore_eos,
-    }
-
-
 @contextlib.asynccontextmanager
-async def _service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[Service]:
+async def open_service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[Service]:
     """A service whose start is shown as a bar: each stage joins, then loads."""
     with tqdm(
         total=2 * config.num_stages, desc="starting", unit="step", disable=quiet or None, leave=False, file=sys.stderr
@@ -108,11 +80,9 @@ async def _service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[Servi
             yield service
 
 
-async def _generate_all(
-    client: Client, prompts: Sequence[str], options: SamplingOptions, arguments: argparse.Namespace, service: Service
-) -> Run:
+async def _generate_all(client: Client, prompts: Sequence[str], options: SamplingOptions, arguments: argparse.Namespace) -> Run:
     run = Run(outcomes=[None] * len(prompts))
-    printer = _Printer(run, prompts, as_json=arguments.json, quiet=arguments.quiet)
+    printer = _Printer(run, prompts, num_choices=arguments.n, as_json=arguments.json, quiet=arguments.quiet)
     room = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def one(index: int) -> None:
@@ -128,7 +98,7 @@ async def _generate_all(
     run.ended_at_s = time.monotonic()
     printer.close()
     with contextlib.suppress(AsyncPipeError):
-        run.stages = (await client.status()).stages
+        run.status = await client.status()
     return run
 
 
@@ -144,7 +114,8 @@ async def _attempt(stream: TextStream, *, show: Callable[[str], None]) -> Outcom
 class _Printer:
     """Prints finished outcomes in the order of the prompts, with a bar on standard error when there are several."""
 
-    def __init__(self, run: Run, prompts: Sequence[str], *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, run: Run, prompts: Sequence[str], *, num_choices: int, as_json: bool, quiet: bool) -> None:
+        self._prints_whole = as_json or len(prompts) > 1 or num_choices > 1
         self._run = run
         self._prompts = prompts
         self._as_json = as_json
@@ -160,7 +131,7 @@ class _Printer:
 
     def shower(self, index: int) -> Callable[[str], None]:
         """Shows text as it comes when there is just one prompt; several are printed whole, in order."""
-        if len(self._prompts) > 1 or self._as_json:
+        if self._prints_whole:
             return lambda _: None
         pending = [self._prompts[index]]
 
@@ -186,10 +157,11 @@ class _Printer:
         elif isinstance(outcome, AsyncPipeError):
             print(f"asyncpipe-coordinator: error: {outcome}", file=sys.stderr)
             return
-        elif len(self._prompts) == 1:
+        elif not self._prints_whole:
             line = ""  # it was streamed; this ends its line
         else:
-            line = f"=== prompt {self._next + 1} of {len(self._prompts)}\n{prompt}{outcome.text}\n"
+            texts = "\n---\n".join(prompt + choice.text for choice in outcome.choices)
+            line = f"=== prompt {self._next + 1} of {len(self._prompts)}\n{texts}\n"
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -199,20 +171,38 @@ def as_json_object(index: int, prompt: str, outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, AsyncPipeError):
         error = to_data(outcome)
         return {"index": index, "prompt": prompt, "error": {"code": error.code.value, "message": error.message}}
-    return {
+    line: dict[str, Any] = {
         "index": index,
         "prompt": prompt,
         "prompt_token_ids": outcome.prompt_token_ids,
-        "token_ids": outcome.token_ids,
-        "text": outcome.text,
-        "finish_reason": outcome.finish_reason.value,
-        "usage": {
-            "prompt_tokens": outcome.usage.prompt_tokens,
-            "completion_tokens": outcome.usage.completion_tokens,
-            "total_tokens": outcome.usage.prompt_tokens + outcome.usage.completion_tokens,
-            "time_to_first_token_s": round(outcome.usage.time_to_first_token_s, 4),
-            "total_s": round(outcome.usage.total_s, 4),
-        },
+        **choice_object(outcome.choices[0]),
+        "usage": usage_object(outcome.usage),
+    }
+    if len(outcome.choices) > 1:
+        line["choices"] = [choice_object(choice) for choice in outcome.choices]
+    if outcome.prompt_logprobs:
+        line["prompt_logprobs"] = [logprobs_object(one) for one in outcome.prompt_logprobs]
+    return line
+
+
+def choice_object(choice: Choice) -> dict[str, Any]:
+    """A choice in JSON output."""
+    line = {"token_ids": choice.token_ids, "text": choice.text, "finish_reason": choice.finish_reason.value}
+    return line | {"logprobs": [logprobs_object(one) for one in choice.logprobs]} if choice.logprobs else line
+
+
+def logprobs_object(one: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": round(logprob, 6)} for token_id, logprob in one.top]
+    return {"token_id": one.token_id, "logprob": round(one.logprob, 6), "rank": one.rank, "top": top}
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "time_to_first_token_s": round(usage.time_to_first_token_s, 4),
+        "total_s": round(usage.total_s, 4),
     }
 
 
@@ -223,13 +213,8 @@ def _print_summary(run: Run, *, as_json: bool, quiet: bool) -> None:
     summary = run.summary()
     if as_json:
         print(msgspec.json.encode({"summary": summary}).decode(), file=sys.stderr)
-        return
-    busy = ", ".join(f"stage {stage['stage']} {stage['busy_share']:.0%}" for stage in summary["stages"])
-    print(
-        f"{summary['completion_tokens']} tokens in {summary['seconds']:.2f} s · {summary['tokens_per_s']:.1f} tokens/s"
-        f" · first token after {summary['time_to_first_token_s'] * 1000:.0f} ms · busy: {busy or 'unknown'}",
-        file=sys.stderr,
-    )
+    else:
+        print("\n".join(summary_lines(summary)), file=sys.stderr)
 
 
 def _exit_status(run: Run) -> int:

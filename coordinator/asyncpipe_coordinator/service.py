@@ -14,10 +14,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError
-from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe.transport.base import LinkOptions
+from asyncpipe_coordinator.config import MAX_MICRO_BATCHES, ServiceConfig
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import split_layers
@@ -32,11 +34,13 @@ from asyncpipe_coordinator.shell.coordinator import (
 )
 from asyncpipe_coordinator.shell.pool import OnProgress, WorkerPool
 from asyncpipe_coordinator.shell.status import STATUS_ACTOR, StatusActor
+from asyncpipe_coordinator.shell.tracing import tracing
 from asyncpipe_coordinator.text import TextCodec
 
 log = logging.getLogger(__name__)
 
 LOCAL_TIMEOUT_S = 5.0
+LINKS = LinkOptions(window=2 * MAX_MICRO_BATCHES)  # a link to stage 0 never lacks credits: steps in flight are fewer
 
 
 class Service:
@@ -71,7 +75,7 @@ class Service:
         every worker process is stopped and reaped.
         """
         token = secrets.token_hex(16)
-        async with ActorSystem("coordinator", role="coordinator", token=token) as system:
+        async with ActorSystem("coordinator", role="coordinator", token=token, options=LINKS) as system:
             service = cls(config, system=system, token=token, on_progress=on_progress)
             try:
                 if bind is not None:
@@ -85,6 +89,11 @@ class Service:
     async def listen(self, address: str) -> str:
         """Take clients at `address`; returns it with the real port. Raises Invalid for a bad address or one in use."""
         return await self._system.listen(address, token="")
+
+    def tracing(self, path: str | None) -> contextlib.AbstractAsyncContextManager[None]:
+        """Write what the stages do within the block as a Chrome trace; None is no trace. Raises Invalid for a bad path."""
+        assert self._pool is not None  # noqa: S101 - `open` has started one
+        return tracing(self._pool, None if path is None else Path(path))
 
     async def run(self) -> None:
         """Serve. A lost pipeline is started again, `max_restarts` times within `restart_period_s`; then its error is raised."""

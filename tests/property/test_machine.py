@@ -1,128 +1,144 @@
-"""The scheduling core under random arrivals, answers in any order, cancels, deadlines and losses."""
+"""The scheduling core under random arrivals, cancels, deadlines, losses and too little KV memory."""
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncpipe.errors import ErrorCode, ErrorData
-from asyncpipe.wire.messages import Sampling, Step, Tokens
+from asyncpipe.wire.messages import Sampling, StageTiming, Tokens
 from asyncpipe_coordinator.core import commands, events
-from asyncpipe_coordinator.core.machine import Limits, Machine
+from asyncpipe_coordinator.core.limits import Limits, Schedule
+from asyncpipe_coordinator.core.machine import Machine
+from tests.fake_stages import FakeStages, next_token
 
 EOS = 2
-LIMITS = Limits(
-    num_micro_batches=3,
-    max_sequences_per_micro_batch=2,
-    max_waiting=5,
-    max_context_len=12,
-    eos_token_ids=frozenset({EOS}),
-)
+NUM_STAGES = 2
+BLOCK_TOKENS = 4
+CONTEXT = 24
+
+
+def limits(schedule: Schedule = Schedule.CONTINUOUS, *, micro_batches: int | None = None) -> Limits:
+    return Limits(
+        num_stages=NUM_STAGES,
+        num_micro_batches=micro_batches,
+        max_sequences_per_micro_batch=3,
+        max_waiting=6,
+        max_context_len=CONTEXT,
+        max_step_tokens=8,
+        kv_block_tokens=BLOCK_TOKENS,
+        eos_token_ids=frozenset({EOS}),
+        schedule=schedule,
+    )
 
 
 class PipelineModel(RuleBasedStateMachine):
     """Plays the stages and the clients, and keeps its own books of both."""
 
+    schedule = Schedule.CONTINUOUS
+
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Machine(LIMITS)
         self.now_s = 0.0
         self.epoch = 0
         self.is_up = False
-        self.in_flight: dict[int, Step] = {}
-        self.on_stages: dict[int, list[int]] = {}  # sequences of each micro-batch, as the deltas tell it
-        self.submitted: set[str] = set()
-        self.next_index: dict[str, int] = {}
+        self.stages: FakeStages | None = None
+        self.prompts: dict[str, list[int]] = {}
+        self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
+
+    @initialize(micro_batches=st.sampled_from([None, 1, 2, 5]))
+    def begin(self, micro_batches: int | None) -> None:
+        self.machine = Machine(limits(self.schedule, micro_batches=micro_batches))
 
     def handle(self, event: events.Event) -> None:
         for command in self.machine.handle(event):
             match command:
                 case commands.IssueStep(step):
-                    self.take_step(step)
-                case commands.EmitToken(request_id, index, _):
+                    assert self.stages is not None
+                    assert step.epoch == self.epoch
+                    assert step.delta.num_rows <= self.most_rows()
+                    self.stages.take(step)
+                case commands.EmitToken(request_id, index, token_id):
                     assert request_id not in self.ended
-                    assert index == self.next_index[request_id]
-                    self.next_index[request_id] += 1
+                    assert index == len(self.tokens[request_id]), "a token was lost or repeated"
+                    self.tokens[request_id].append(token_id)
                 case commands.FinishRequest() | commands.FailRequest():
-                    assert command.request_id in self.submitted
+                    assert command.request_id in self.prompts
                     assert command.request_id not in self.ended, "a request ended twice"
                     self.ended.add(command.request_id)
 
-    def take_step(self, step: Step) -> None:
-        assert self.is_up
-        assert step.epoch == self.epoch
-        assert step.micro_batch not in self.in_flight, "a micro-batch is in two places"
-        members = self.on_stages.setdefault(step.micro_batch, [])
-        for number in step.delta.left:
-            members.remove(number)
-        assert len(step.delta.token_ids) == len(members)
-        members += [joined.sequence for joined in step.delta.joined]
-        assert len(members) <= LIMITS.max_sequences_per_micro_batch
-        self.in_flight[step.micro_batch] = step
+    def most_rows(self) -> int:
+        """Static batching computes whole prompts."""
+        return 3 * CONTEXT if self.schedule is Schedule.STATIC else 8 + 1
 
     @precondition(lambda self: not self.is_up)
-    @rule()
-    def pipeline_comes_up(self) -> None:
+    @rule(num_blocks=st.sampled_from([CONTEXT // BLOCK_TOKENS, 9, 100]))
+    def pipeline_comes_up(self, num_blocks: int) -> None:
         self.epoch += 1
         self.is_up = True
-        self.on_stages.clear()
-        self.handle(events.PipelineReady(epoch=self.epoch, at_s=self.now_s))
+        self.stages = FakeStages(num_stages=NUM_STAGES, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_members=3)
+        self.handle(events.PipelineReady(epoch=self.epoch, kv_blocks=num_blocks, at_s=self.now_s))
 
     @precondition(lambda self: self.is_up)
-    @rule()
-    def pipeline_is_lost(self) -> None:
-        self.is_up = False
-        self.in_flight.clear()
+    @rule(surely=st.integers(0, 4))
+    def pipeline_is_lost(self, surely: int) -> None:
+        if surely:
+            return
+        self.is_up, self.stages = False, None
         error = ErrorData(ErrorCode.STAGE_LOST, "stage 1 was lost")
         self.handle(events.PipelineLost(error=error, at_s=self.now_s))
-        assert self.ended == self.submitted
+        assert self.ended == set(self.prompts)
 
     @rule(
-        prompt_len=st.integers(1, 13),
-        max_new_tokens=st.none() | st.integers(1, 5),
+        prompt_len=st.integers(1, CONTEXT + 1),
+        max_new_tokens=st.none() | st.integers(1, 12),
         ignore_eos=st.booleans(),
+        priority=st.integers(-1, 1),
         deadline_s=st.none() | st.floats(0.1, 5.0),
     )
-    def client_submits(self, prompt_len: int, max_new_tokens: int | None, ignore_eos: bool, deadline_s: float | None) -> None:
-        request_id = f"r{len(self.submitted)}"
-        self.submitted.add(request_id)
-        self.next_index[request_id] = 0
+    def client_submits(
+        self, prompt_len: int, max_new_tokens: int | None, ignore_eos: bool, priority: int, deadline_s: float | None
+    ) -> None:
+        request_id = f"r{len(self.prompts)}"
+        self.prompts[request_id] = [len(self.prompts) + 3] * prompt_len
+        self.tokens[request_id] = []
         self.handle(
             events.Submitted(
                 request_id=request_id,
                 client="client",
-                prompt_token_ids=(5,) * prompt_len,
+                prompt_token_ids=tuple(self.prompts[request_id]),
                 sampling=Sampling(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
                 seed=0,
+                priority=priority,
                 deadline_at_s=None if deadline_s is None else self.now_s + deadline_s,
                 at_s=self.now_s,
             )
         )
 
-    @precondition(lambda self: self.in_flight)
-    @rule(data=st.data())
-    def stages_answer_some_micro_batch(self, data: st.DataObject) -> None:
-        index = data.draw(st.sampled_from(sorted(self.in_flight)))
-        step = self.in_flight.pop(index)
-        num_sequences = len(self.on_stages[index])
-        tokens = data.draw(st.lists(st.sampled_from([EOS, 7, 8]), min_size=num_sequences, max_size=num_sequences))
-        self.handle(
-            events.TokensArrived(
-                tokens=Tokens(epoch=step.epoch, micro_batch=index, step=step.step, token_ids=tuple(tokens)), at_s=self.now_s
-            )
-        )
+    @precondition(lambda self: self.stages is not None and self.stages.in_flight)
+    @rule(data=st.data(), compute_us=st.integers(0, 5000))
+    def stages_answer_some_micro_batch(self, data: st.DataObject, compute_us: int) -> None:
+        assert self.stages is not None
+        index = data.draw(st.sampled_from(sorted(self.stages.in_flight)))
+        _, sampled = self.stages.in_flight[index]
+        tokens = [data.draw(st.sampled_from([EOS, 0, 0, 0])) or self.stages.next_token(number) for number in sampled]
+        self.handle(events.TokensArrived(tokens=self.stages.answer(index, tokens, compute_us=compute_us), at_s=self.now_s))
 
     @rule()
     def a_stale_answer_changes_nothing(self) -> None:
-        stale = Tokens(epoch=self.epoch + 1000, micro_batch=0, step=0, token_ids=(7,))
+        timings = (StageTiming(0, 1),) * NUM_STAGES
+        stale = Tokens(epoch=self.epoch + 1000, micro_batch=0, step=0, token_ids=(7,), timings=timings)
         assert self.machine.handle(events.TokensArrived(tokens=stale, at_s=self.now_s)) == []
 
-    @precondition(lambda self: self.submitted)
+    @precondition(lambda self: self.prompts)
     @rule(data=st.data(), by_stop_string=st.booleans())
     def a_request_is_ended_from_outside(self, data: st.DataObject, by_stop_string: bool) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.submitted)))
+        request_id = data.draw(st.sampled_from(sorted(self.prompts)))
         kind = events.StopStringFound if by_stop_string else events.Cancelled
         self.handle(kind(request_id=request_id, at_s=self.now_s))
         assert request_id in self.ended
@@ -134,20 +150,101 @@ class PipelineModel(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree(self) -> None:
-        self.machine.check()
+        if self.prompts or self.epoch:
+            self.machine.check()
+
+    @invariant()
+    def every_token_follows_from_the_prompt(self) -> None:
+        for request_id, tokens in self.tokens.items():
+            if tokens and tokens[-1] != EOS:
+                before = self.prompts[request_id] + tokens[:-1]
+                assert tokens[-1] == next_token(before), "a token of somebody else"
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        if self.is_up and self.submitted != self.ended:
-            assert self.in_flight, "requests are open and no step is in flight"
+        if self.is_up and set(self.prompts) != self.ended:
+            assert self.stages is not None
+            assert self.stages.in_flight, "requests are open and no step is in flight"
 
-    @invariant()
-    def stages_hold_no_sequence_without_a_step_to_come(self) -> None:
-        if self.is_up:
-            assert all(index in self.in_flight for index, members in self.on_stages.items() if members)
+    def teardown(self) -> None:
+        """Left alone, every request comes to its end: there is no deadlock, whatever happened before."""
+        if not self.is_up or self.stages is None:
+            return
+        for _ in range(5000):
+            if not self.stages.in_flight:
+                break
+            tokens = self.stages.answer(next(iter(self.stages.in_flight)))
+            self.handle(events.TokensArrived(tokens=tokens, at_s=self.now_s))
+            self.machine.check()
+        assert self.ended == set(self.prompts)
+        assert not self.stages.sequences
+        assert self.machine.statistics().used_blocks == 0
 
 
-PipelineModel.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestMachine = PipelineModel.TestCase
+class BarrierModel(PipelineModel):
+    schedule = Schedule.BARRIER
+
+
+class StaticModel(PipelineModel):
+    schedule = Schedule.STATIC
+
+
+OPTIONS = {"stateful_step_count": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}
+PipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
+BarrierModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
+StaticModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
+TestContinuous = PipelineModel.TestCase
+TestBarrier = BarrierModel.TestCase
+TestStatic = StaticModel.TestCase
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ten_thousand_steps_under_pressure_lose_nothing(seed: int) -> None:
+    """Long runs with little memory: every request ends with exactly the tokens that follow from its prompt."""
+    rng = random.Random(seed)
+    machine = Machine(limits())
+    stages = FakeStages(num_stages=NUM_STAGES, num_blocks=9, block_tokens=BLOCK_TOKENS, max_members=3)
+    prompts: dict[str, list[int]] = {}
+    tokens: dict[str, list[int]] = {}
+    num_steps = 0
+
+    def handle(event: events.Event) -> None:
+        nonlocal num_steps
+        for command in machine.handle(event):
+            match command:
+                case commands.IssueStep(step):
+                    num_steps += 1
+                    stages.take(step)
+                case commands.EmitToken(request_id, index, token_id):
+                    assert index == len(tokens[request_id])
+                    assert token_id == next_token(prompts[request_id] + tokens[request_id])
+                    tokens[request_id].append(token_id)
+                case commands.FailRequest():
+                    assert command.error.code is ErrorCode.BUSY
+        machine.check()
+
+    handle(events.PipelineReady(epoch=1, kv_blocks=9, at_s=0.0))
+    now_s = 0.0
+    while num_steps < 10_000:
+        now_s += rng.random() * 0.01
+        if rng.random() < 0.3:
+            request_id = f"r{len(prompts)}"
+            prompts[request_id], tokens[request_id] = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 20))], []
+            handle(
+                events.Submitted(
+                    request_id=request_id,
+                    client="c",
+                    prompt_token_ids=tuple(prompts[request_id]),
+                    sampling=Sampling(max_new_tokens=rng.randrange(1, 20), ignore_eos=True),
+                    seed=0,
+                    priority=rng.randrange(-1, 2),
+                    deadline_at_s=None,
+                    at_s=now_s,
+                )
+            )
+        elif rng.random() < 0.02 and prompts:
+            handle(events.Cancelled(request_id=rng.choice(list(prompts)), at_s=now_s))
+        elif stages.in_flight:
+            answer = stages.answer(rng.choice(list(stages.in_flight)), compute_us=rng.randrange(100, 3000))
+            handle(events.TokensArrived(tokens=answer, at_s=now_s))
+    assert machine.statistics().preemptions > 10, "the memory was meant to be too little"

@@ -5,35 +5,42 @@ from __future__ import annotations
 import pytest
 
 from asyncpipe.errors import Invalid, WireError
-from asyncpipe.wire.messages import FinishReason, Sampling, Step, Tokens
+from asyncpipe.wire.messages import FinishReason, Sampling, StageTiming, Step, Tokens
 from asyncpipe_coordinator.core import commands, events
-from asyncpipe_coordinator.core.machine import Limits, Machine
+from asyncpipe_coordinator.core.limits import Limits, Schedule
+from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import LayerRange, split_layers
 
 EOS = 2
+TIMINGS = (StageTiming(0, 1000), StageTiming(0, 1000))
 
 
-def machine(*, micro_batches: int = 2, max_sequences: int = 8, max_waiting: int = 100) -> Machine:
-    ready = Machine(
-        Limits(
-            num_micro_batches=micro_batches,
-            max_sequences_per_micro_batch=max_sequences,
-            max_waiting=max_waiting,
-            max_context_len=32,
-            eos_token_ids=frozenset({EOS}),
-        )
-    )
-    ready.handle(events.PipelineReady(epoch=1, at_s=0.0))
+def machine(*, kv_blocks: int = 1000, **changes: object) -> Machine:
+    settings: dict[str, object] = {
+        "num_stages": 2,
+        "num_micro_batches": 2,
+        "max_sequences_per_micro_batch": 8,
+        "max_waiting": 100,
+        "max_context_len": 4096,
+        "max_step_tokens": 512,
+        "kv_block_tokens": 4,
+        "eos_token_ids": frozenset({EOS}),
+    }
+    ready = Machine(Limits(**(settings | changes)))  # type: ignore[arg-type]
+    ready.handle(events.PipelineReady(epoch=1, kv_blocks=kv_blocks, at_s=0.0))
     return ready
 
 
-def submitted(request_id: str, *, prompt_len: int = 3, max_new_tokens: int = 4, ignore_eos: bool = False) -> events.Submitted:
+def submitted(
+    request_id: str, *, prompt_len: int = 3, max_new_tokens: int = 4, priority: int = 0, **sampling: object
+) -> events.Submitted:
     return events.Submitted(
         request_id=request_id,
         client="c",
         prompt_token_ids=(5,) * prompt_len,
-        sampling=Sampling(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
+        sampling=Sampling(max_new_tokens=max_new_tokens, **sampling),  # type: ignore[arg-type]
         seed=0,
+        priority=priority,
         deadline_at_s=None,
         at_s=0.0,
     )
@@ -43,8 +50,13 @@ def steps(done: list[commands.Command]) -> list[Step]:
     return [command.step for command in done if isinstance(command, commands.IssueStep)]
 
 
+def step_of(done: list[commands.Command], micro_batch: int) -> Step:
+    (step,) = [step for step in steps(done) if step.micro_batch == micro_batch]
+    return step
+
+
 def answer(core: Machine, step: Step, *token_ids: int) -> list[commands.Command]:
-    tokens = Tokens(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step, token_ids=token_ids)
+    tokens = Tokens(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step, token_ids=token_ids, timings=TIMINGS)
     return core.handle(events.TokensArrived(tokens=tokens, at_s=1.0))
 
 
@@ -52,17 +64,80 @@ def test_a_micro_batch_is_issued_again_without_waiting_for_the_others() -> None:
     core = machine()
     (first,) = steps(core.handle(submitted("a")))
     (second,) = steps(core.handle(submitted("b")))
-    assert (first.micro_batch, second.micro_batch) == (0, 1)
+    assert {first.micro_batch, second.micro_batch} == {0, 1}
     (again,) = steps(answer(core, first, 9))
     assert (again.micro_batch, again.step, again.delta.token_ids) == (0, 1, (9,))
 
 
+def test_the_stages_get_the_next_step_before_clients_get_the_tokens() -> None:
+    core = machine()
+    (step,) = steps(core.handle(submitted("a")))
+    assert [type(command) for command in answer(core, step, 9)] == [commands.IssueStep, commands.EmitToken]
+
+
 def test_requests_are_spread_evenly_over_micro_batches() -> None:
-    core = Machine(machine()._limits)
+    core = Machine(machine().limits)
     for number in range(6):
         core.handle(submitted(f"r{number}"))
-    issued = steps(core.handle(events.PipelineReady(epoch=1, at_s=0.0)))
-    assert [len(step.delta.joined) for step in issued] == [3, 3]
+    issued = steps(core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0)))
+    assert [len(step.delta.opened) for step in issued] == [3, 3]
+
+
+def test_members_move_to_a_micro_batch_that_has_lost_some() -> None:
+    core = Machine(machine().limits)
+    for number in range(6):
+        core.handle(submitted(f"r{number}", max_new_tokens=100))
+    first, second = steps(core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0)))
+    first = step_of(answer(core, first, EOS, EOS, 9), 0)
+    second = step_of(answer(core, second, 9, 9, 9), 1)
+    (moved,) = second.delta.parted
+    assert step_of(answer(core, first, 8), 0).delta.adopted == (moved,)
+
+
+def test_a_long_prompt_is_computed_in_chunks_through_all_micro_batches_at_once() -> None:
+    core = machine()
+    issued = steps(core.handle(submitted("long", prompt_len=2000)))
+    assert [(step.micro_batch, step.delta.chunks[0].count) for step in issued] == [(0, 512), (1, 512)]
+
+
+def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_goes_on() -> None:
+    core = machine()
+    first, _ = steps(core.handle(submitted("long", prompt_len=2000)))
+    assert not steps(core.handle(submitted("short", prompt_len=10)))
+    chunks = step_of(answer(core, first), 0).delta.chunks
+    assert [chunk.count for chunk in chunks] == [502, 10]
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_computed_a_part_at_a_time() -> None:
+    core = machine(num_micro_batches=1, kv_blocks=100_000)
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=100)))
+    core.handle(submitted("long", prompt_len=2000))
+    (step,) = steps(answer(core, step, 9))
+    assert step.delta.token_ids == (9,)
+    assert [chunk.count for chunk in step.delta.chunks] == [250]  # an eighth of what waits
+
+
+def test_the_least_important_member_gives_its_blocks_up_and_comes_back() -> None:
+    core = machine(num_micro_batches=1, kv_blocks=4, max_context_len=17)
+    (step,) = steps(core.handle(submitted("old", prompt_len=7, max_new_tokens=9)))
+    core.handle(submitted("young", prompt_len=7, max_new_tokens=9))
+    (step,) = steps(answer(core, step, 9))
+    (step,) = steps(answer(core, step, 9, 9))
+    assert (step.delta.left, len(step.delta.token_ids)) == ((1,), 1)
+    assert core.statistics().preemptions == 1
+    while not step.delta.opened:
+        (step,) = steps(answer(core, step, 9))
+    (again,) = step.delta.opened
+    assert (again.num_prompt, again.token_ids) == (7, (5,) * 7 + (9,))
+
+
+def test_a_request_of_higher_priority_begins_first() -> None:
+    core = machine(num_micro_batches=1, max_sequences_per_micro_batch=1)
+    (step,) = steps(core.handle(submitted("running", max_new_tokens=1)))
+    core.handle(submitted("later"))
+    core.handle(submitted("urgent", prompt_len=7, priority=1))
+    (step,) = steps(answer(core, step, 9))
+    assert len(step.delta.opened[0].token_ids) == 7
 
 
 def test_the_end_of_sequence_token_ends_a_request_unless_ignored() -> None:
@@ -73,12 +148,21 @@ def test_the_end_of_sequence_token_ends_a_request_unless_ignored() -> None:
         assert any(isinstance(command, commands.FinishRequest) for command in done) is finishes
 
 
+def test_a_stop_token_ends_a_request_once_it_has_its_least_tokens() -> None:
+    core = machine()
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=9, stop_token_ids=(7,), min_tokens=2)))
+    done = answer(core, step, 7)
+    assert not any(isinstance(command, commands.FinishRequest) for command in done)
+    done = answer(core, step_of(done, step.micro_batch), 7)
+    assert [c.finish_reason for c in done if isinstance(c, commands.FinishRequest)] == [FinishReason.STOP]
+
+
 def test_a_finished_sequence_leaves_in_the_next_delta_and_its_neighbour_goes_on() -> None:
-    core = machine(micro_batches=1)
+    core = machine(num_micro_batches=1)
     (step,) = steps(core.handle(submitted("a")))
     core.handle(submitted("b"))
     (step,) = steps(answer(core, step, 9))
-    assert (step.delta.token_ids, len(step.delta.joined)) == ((9,), 1)
+    assert (step.delta.token_ids, len(step.delta.opened)) == ((9,), 1)
     (step,) = steps(answer(core, step, EOS, 8))
     assert (step.delta.left, step.delta.token_ids) == ((0,), (8,))
 
@@ -90,12 +174,12 @@ def test_the_last_step_of_an_empty_micro_batch_only_lets_sequences_leave() -> No
     (finish,) = [command for command in done if isinstance(command, commands.FinishRequest)]
     assert (finish.finish_reason, finish.num_completion_tokens) == (FinishReason.LENGTH, 1)
     (last,) = steps(done)
-    assert (last.delta.left, last.delta.token_ids, last.delta.joined) == ((0,), (), ())
+    assert (last.delta.left, last.delta.num_rows) == ((0,), 0)
     assert answer(core, last) == []
 
 
 def test_a_full_queue_refuses_with_a_hint() -> None:
-    core = machine(micro_batches=1, max_sequences=1, max_waiting=1)
+    core = machine(num_micro_batches=1, max_sequences_per_micro_batch=1, max_waiting=1)
     core.handle(submitted("a"))
     core.handle(submitted("b"))
     (refused,) = core.handle(submitted("c"))
@@ -104,10 +188,41 @@ def test_a_full_queue_refuses_with_a_hint() -> None:
 
 
 def test_the_end_of_the_context_ends_a_request() -> None:
-    core = machine()
+    core = machine(max_context_len=32)
     (step,) = steps(core.handle(submitted("a", prompt_len=31, max_new_tokens=50)))
     reasons = [c.finish_reason for c in answer(core, step, 9) if isinstance(c, commands.FinishRequest)]
     assert reasons == [FinishReason.LENGTH]
+
+
+def test_a_prompt_longer_than_the_kv_memory_is_refused_even_when_it_came_early() -> None:
+    core = Machine(machine().limits)
+    core.handle(submitted("a", prompt_len=100))
+    (refused,) = core.handle(events.PipelineReady(epoch=1, kv_blocks=10, at_s=0.0))
+    assert isinstance(refused, commands.FailRequest)
+    assert "KV memory takes 1 to 39 tokens" in refused.error.message
+
+
+def test_a_barrier_holds_micro_batches_until_all_are_back() -> None:
+    core = Machine(machine(schedule=Schedule.BARRIER).limits)
+    for name in "ab":
+        core.handle(submitted(name))
+    first, second = steps(core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0)))
+    assert not steps(answer(core, first, 9))
+    assert len(steps(answer(core, second, 9))) == 2
+
+
+def test_a_static_batch_is_padded_and_takes_nobody_before_its_end() -> None:
+    core = Machine(machine(schedule=Schedule.STATIC, num_micro_batches=1, max_sequences_per_micro_batch=2).limits)
+    core.handle(submitted("a", prompt_len=3, max_new_tokens=1))
+    core.handle(submitted("b", prompt_len=8, max_new_tokens=3))
+    core.handle(submitted("c"))
+    (step,) = steps(core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0)))
+    assert ([chunk.count for chunk in step.delta.chunks], step.delta.padding) == ([3, 8], 5)
+    (step,) = steps(answer(core, step, 9, 9))
+    assert (step.delta.token_ids, step.delta.padding, step.delta.opened) == ((9,), 1, ())
+    (step,) = steps(answer(core, step, 9))
+    (step,) = steps(answer(core, step, 9))
+    assert [opened.sequence for opened in step.delta.opened] == [2]
 
 
 def test_tokens_that_nobody_asked_for_break_the_protocol() -> None:
@@ -116,7 +231,9 @@ def test_tokens_that_nobody_asked_for_break_the_protocol() -> None:
     with pytest.raises(WireError, match="2 tokens for 1 sequences"):
         answer(core, step, 9, 9)
     with pytest.raises(WireError, match="not in flight"):
-        core.handle(events.TokensArrived(tokens=Tokens(epoch=1, micro_batch=1, step=0, token_ids=()), at_s=0.0))
+        answer(core, Step(epoch=1, micro_batch=1, step=0, delta=step.delta))
+    with pytest.raises(WireError, match="0 timings"):
+        core.handle(events.TokensArrived(tokens=Tokens(epoch=1, micro_batch=0, step=0, token_ids=(9,)), at_s=0.0))
 
 
 @pytest.mark.parametrize(

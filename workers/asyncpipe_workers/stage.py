@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
-from asyncpipe.errors import AsyncPipeError, Broken, Invalid, to_data
+from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, to_data
 from asyncpipe.wire.messages import (
     ClockReading,
     ConnectNext,
@@ -72,12 +72,12 @@ class StageCompute(Protocol):
 Loader = Callable[[LoadStage], StageCompute]
 
 
-class _Queued(NamedTuple):
-    """A step on the compute thread; `arrived_ns` is when it could have begun on an idle stage."""
+class _Outgoing(NamedTuple):
+    """A computed step on its way out, not before `due_ns`."""
 
     step: Step
-    arrived_ns: int
-    output: asyncio.Future[Timed[StageOutput]]
+    message: Step | Tokens
+    due_ns: int
 
 
 class StageActor(Actor):
@@ -92,14 +92,16 @@ class StageActor(Actor):
         self._lost = lost  # completed when the coordinator is gone and this process has no more to do
         self._compute = ComputeThread()
         self._recorder = StageRecorder()
-        self._queued: asyncio.Queue[_Queued] = asyncio.Queue(MAX_QUEUED_STEPS)
+        self._num_queued = 0  # steps that were taken and have not left
+        self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_QUEUED_STEPS)  # that could not leave at once
         self._plan: LoadStage | None = None
         self._model: StageCompute | None = None
         self._next: ActorRef | None = None
+        self._is_sending = False
 
     async def started(self) -> None:
         self.system.monitor(self._coordinator, watcher=self.ref)
-        self.background(self._pass_on_all(), name="pass on")
+        self.background(self._send_all(), name="send")
 
     async def stopped(self) -> None:
         self._compute.close()
@@ -107,7 +109,7 @@ class StageActor(Actor):
     async def handle(self, message: Message | Down) -> Message | None:
         match message:
             case Step():
-                await self._take(message)
+                self._take(message)
             case LoadStage():
                 return await self._load(message)
             case ConnectNext():
@@ -144,48 +146,100 @@ class StageActor(Actor):
 
     # --- steps ---
 
-    async def _take(self, step: Step) -> None:
+    def _take(self, step: Step) -> None:
         plan, model = self._loaded_plan(), self._loaded_model()
         if step.epoch != plan.epoch:
             log.debug("stage %d drops a step of epoch %d", plan.stage, step.epoch)
             return
+        if self._num_queued >= MAX_QUEUED_STEPS:
+            raise Busy(f"stage {plan.stage} has {MAX_QUEUED_STEPS} steps queued already")
+        self._num_queued += 1
         arrived_ns = time.monotonic_ns() + int(model.link_s * 1e9)
-        output = self._compute.queue(lambda: model.step(step, arrived_at_s=arrived_ns / 1e9))
-        await self._queued.put(_Queued(step, arrived_ns, output))
+        self._compute.queue(
+            lambda: model.step(step, arrived_at_s=arrived_ns / 1e9), lambda timed: self._on_computed(step, arrived_ns, timed)
+        )
 
-    async def _pass_on_all(self) -> None:
-        while True:
-            queued = await self._queued.get()
-            try:
-                await self._pass_on(queued)
-            except Broken:
-                # The coordinator hears of a lost stage from its own link and process watch, and says which one it was.
-                log.info("stage %d: the next stage is gone", self._loaded_plan().stage)
-            except Exception as error:
-                await self._report(error)
-
-    async def _pass_on(self, queued: _Queued) -> None:
-        """Wait for a step's output and send it where it goes."""
-        step, timed = queued.step, await queued.output
-        start_ns, end_ns = timed.result.began_ns or timed.start_ns, timed.result.ended_ns or timed.end_ns
+    def _on_computed(self, step: Step, arrived_ns: int, timed: Timed[StageOutput]) -> None:
+        """On the event loop, in the order of the steps."""
+        self._num_queued -= 1
+        try:
+            output = timed.unwrap()
+        except Exception as error:
+            self._report(error)
+            return
+        start_ns, end_ns = output.began_ns or timed.start_ns, output.ended_ns or timed.end_ns
         self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns)
-        timing = StageTiming(max(start_ns - queued.arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
-        step = msgspec.structs.replace(step, timings=(*step.timings, timing), hidden=timed.result.hidden)
-        if self._next is None and (link_s := self._loaded_model().link_s):
-            await asyncio.sleep(link_s - (time.monotonic_ns() - end_ns) / 1e9)
-        send_ns = time.monotonic_ns()
-        if self._next is None:
-            await self._coordinator.tell(_tokens(step, timed.result), timeout=SEND_TIMEOUT_S)
-        else:
-            await self._next.tell(step, timeout=SEND_TIMEOUT_S)
-        self._recorder.sent(step, start_ns=send_ns, end_ns=time.monotonic_ns())
+        timing = StageTiming(max(start_ns - arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
+        message = self._message(step, (*step.timings, timing), output)
+        self._send(_Outgoing(step, message, end_ns + self._delay_ns))
 
-    async def _report(self, error: Exception) -> None:
+    def _message(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Step | Tokens:
+        """For the next stage, or from the last one for the coordinator."""
+        if self._next is not None:
+            return msgspec.structs.replace(step, timings=timings, hidden=output.hidden)
+        return Tokens(
+            epoch=step.epoch,
+            micro_batch=step.micro_batch,
+            step=step.step,
+            token_ids=output.token_ids,
+            timings=timings,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+        )
+
+    @property
+    def _delay_ns(self) -> int:
+        """Simulated, of the link from the last stage to the coordinator."""
+        return 0 if self._next is not None else int(self._loaded_model().link_s * 1e9)
+
+    def _send(self, outgoing: _Outgoing) -> None:
+        """At once when it can leave at once, else behind those that wait."""
+        start_ns = time.monotonic_ns()
+        if self._outgoing.empty() and not self._is_sending and outgoing.due_ns <= start_ns:
+            try:
+                self._target.tell_nowait(outgoing.message)
+            except Busy:
+                pass
+            except AsyncPipeError as error:
+                self._on_unreachable(error)
+                return
+            else:
+                self._recorder.sent(outgoing.step, start_ns=start_ns, end_ns=time.monotonic_ns())
+                return
+        self._outgoing.put_nowait(outgoing)
+
+    async def _send_all(self) -> None:
+        """Those that have to wait, for credits or for their time."""
+        while True:
+            self._is_sending = False
+            outgoing = await self._outgoing.get()
+            self._is_sending = True
+            if (early_ns := outgoing.due_ns - time.monotonic_ns()) > 0:
+                await asyncio.sleep(early_ns / 1e9)
+            start_ns = time.monotonic_ns()
+            try:
+                await self._target.tell(outgoing.message, timeout=SEND_TIMEOUT_S)
+            except AsyncPipeError as error:
+                self._on_unreachable(error)
+            self._recorder.sent(outgoing.step, start_ns=start_ns, end_ns=time.monotonic_ns())
+
+    @property
+    def _target(self) -> ActorRef:
+        return self._coordinator if self._next is None else self._next
+
+    def _on_unreachable(self, error: AsyncPipeError) -> None:
+        """The coordinator hears of a lost stage from its own link and process watch too; a slow one it hears of from us."""
+        stage = self._loaded_plan().stage
+        if isinstance(error, Broken | Closed):
+            log.info("stage %d: the next stage is gone: %s", stage, error)
+        else:
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
         plan = self._loaded_plan()
         log.error("stage %d failed in a step", plan.stage, exc_info=error)
-        failure = StageFailed(epoch=plan.epoch, stage=plan.stage, error=to_data(error))
         try:
-            await self._coordinator.tell(failure, timeout=SEND_TIMEOUT_S)
+            self._coordinator.signal(StageFailed(epoch=plan.epoch, stage=plan.stage, error=to_data(error)))
         except AsyncPipeError as lost:
             log.info("stage %d cannot report its failure: %s", plan.stage, lost)
 
@@ -204,15 +258,3 @@ class StageActor(Actor):
         if self._model is None:
             raise Invalid("this worker has no layers yet: LoadStage comes first")
         return self._model
-
-
-def _tokens(step: Step, output: StageOutput) -> Tokens:
-    return Tokens(
-        epoch=step.epoch,
-        micro_batch=step.micro_batch,
-        step=step.step,
-        token_ids=output.token_ids,
-        timings=step.timings,
-        logprobs=output.logprobs,
-        prompt_logprobs=output.prompt_logprobs,
-    )

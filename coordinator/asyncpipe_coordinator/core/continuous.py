@@ -98,10 +98,9 @@ def _prefill(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
     _admit(books)
     budget = prefill_budget(books, num_decoding=len(micro_batch.members))
     room = _share_of_all(books) - len(micro_batch.members)  # for sequences whose prompt ends with this step
-    for sequence, wanted in _shares(books.prefilling, budget):
-        count = wanted if wanted < sequence.num_remaining or room > 0 else wanted - 1
-        if not count:
-            continue
+    for sequence, count in _shares(books.prefilling, budget):
+        if count == sequence.num_remaining and room <= 0:
+            continue  # another micro-batch has room for it
         if not sequence.num_computed:
             step.opened.append(sequence.opened())
         step.chunks.append(Chunk(sequence.number, count))

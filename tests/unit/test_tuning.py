@@ -1,0 +1,83 @@
+"""How many micro-batches, and how well the pipeline is used."""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncpipe.wire.messages import StageTiming
+from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
+from asyncpipe_coordinator.core.tuning import Tuner
+
+MS = 1000  # in microseconds
+
+
+def tuned(stage_ms: list[float], *, overhead_ms: float, rows: tuple[int, ...] = (8,), per_row_ms: float = 0.0) -> Tuner:
+    tuner = Tuner(len(stage_ms))
+    for count in rows * 20:
+        times_us = [int((ms + count * per_row_ms) * MS) for ms in stage_ms]
+        round_trip_s = sum(times_us) / 1e6 + overhead_ms / 1e3
+        tuner.observe(num_rows=count, timings=[StageTiming(0, us) for us in times_us], round_trip_s=round_trip_s)
+    return tuner
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "overhead_ms", "expected"),
+    [(2, 0.0, 2), (2, 1.0, 3), (4, 1.0, 5), (4, 9.0, 6), (2, 20.0, 5), (8, 40.0, 14)],
+)
+def test_there_are_enough_micro_batches_to_hide_links_when_sequences_abound(
+    num_stages: int, overhead_ms: float, expected: int
+) -> None:
+    tuner = tuned([10.0] * num_stages, overhead_ms=overhead_ms)
+    assert tuner.best(num_sequences=10_000, max_sequences=8, most=64) == expected
+
+
+def test_few_sequences_are_not_cut_into_more_micro_batches_than_pay() -> None:
+    """16 sequences in 2 steps of 10 ms come back every 21 ms, in 3 steps every 30 ms."""
+    assert tuned([10.0, 10.0], overhead_ms=1.0).best(num_sequences=16, max_sequences=32, most=64) == 2
+
+
+def test_when_the_time_is_all_the_sequences_smaller_micro_batches_cost_nothing() -> None:
+    tuner = tuned([0.01, 0.01], overhead_ms=2.0, rows=(4, 8, 16), per_row_ms=1.0)
+    assert tuner.best(num_sequences=16, max_sequences=32, most=64) > 2
+
+
+def test_before_any_measurement_there_is_one_a_stage_within_the_bound() -> None:
+    assert Tuner(4).best(num_sequences=100, max_sequences=8, most=20) == 4
+    assert Tuner(4).best(num_sequences=100, max_sequences=8, most=3) == 3
+
+
+def test_a_full_pipeline_has_efficiency_one() -> None:
+    meter = EfficiencyMeter(2)
+    meter.issued(0.0)
+    for step in range(10):
+        meter.returned([0.5, 0.5], at_s=1.0 + step * 0.5)
+    assert meter.ideal_s == pytest.approx(meter.measured_s) == pytest.approx(5.5)
+    assert meter.efficiency == pytest.approx(1.0)
+    assert meter.bubble == pytest.approx(1 - 10 / 11)
+
+
+def test_one_micro_batch_on_two_stages_has_efficiency_one_half() -> None:
+    meter = EfficiencyMeter(2)
+    for step in range(100):
+        meter.issued(step * 1.0)
+        meter.returned([0.5, 0.5], at_s=1.0 + step)
+    assert meter.efficiency == pytest.approx(0.505)
+    assert meter.bubble == pytest.approx(0.5)
+
+
+def test_the_slowest_stage_sets_the_ideal() -> None:
+    meter = EfficiencyMeter(3)
+    meter.issued(0.0)
+    for _ in range(4):
+        meter.returned([1.0, 2.0, 1.0], at_s=20.0)
+    assert meter.ideal_s == pytest.approx(1.0 + 4 * 2.0 + 1.0)
+
+
+def test_time_without_work_does_not_count() -> None:
+    meter = EfficiencyMeter(1)
+    for start_s in (0.0, 100.0):
+        meter.issued(start_s)
+        meter.returned([1.0], at_s=start_s + 1.25)
+        meter.emptied()
+    assert (meter.ideal_s, meter.measured_s) == (2.0, 2.5)
+    assert meter.efficiency == pytest.approx(0.8)
