@@ -25,6 +25,11 @@ MAX_MESSAGES_PER_TURN = 128
 COPY_BELOW_BYTES = 65_536  # smaller frames are copied: cheaper than keeping their ZeroMQ message alive
 LINGER_MS = 1000
 
+# Plain integers: to combine or convert pyzmq's enums takes as long as a small send.
+NOBLOCK = int(zmq.NOBLOCK)
+SEND_MORE = NOBLOCK | int(zmq.SNDMORE)
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+
 log = logging.getLogger(__name__)
 
 OnMessage = Callable[[list[Buffer]], None]
@@ -95,12 +100,11 @@ class LoopSocket:
         """As `send_multipart`, which takes half as long again for what we know already."""
         send, last = self._socket.send, len(parts) - 1
         for index, part in enumerate(parts):
-            flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-            send(part, flags, copy=nbytes_of(part) < COPY_BELOW_BYTES)
+            send(part, NOBLOCK if index == last else SEND_MORE, copy=nbytes_of(part) < COPY_BELOW_BYTES)
 
     def _look_again(self) -> None:
         """Sending, failed or not, may have swallowed the wake-up for a message that has arrived."""
-        if not self._drain_scheduled and self.is_open and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._drain_scheduled and self.is_open and int(self._socket.getsockopt(EVENTS)) & POLLIN:
             self._schedule_drain()
 
     def _schedule_drain(self) -> None:
@@ -136,7 +140,7 @@ class LoopSocket:
         parts: list[Buffer] = []
         receive = self._socket.recv
         while True:
-            frame = receive(zmq.NOBLOCK, copy=False)
+            frame = receive(NOBLOCK, copy=False)
             parts.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer.toreadonly())
             if not frame.more:
                 return parts

@@ -85,11 +85,11 @@ def read_lines(path: Path, start_line: int = 1, *, max_line_bytes: int = MAX_LIN
             too_long = len(data) > max_line_bytes and not data.endswith(b"\n")
             if too_long:
                 _skip_line(stream)
-            if number < start_line or data.isspace():
+            if number < start_line:
                 continue
             if too_long:
                 yield InputLine(number, None, Invalid(f"the line is longer than {max_line_bytes} bytes"))
-            else:
+            elif not data.isspace():
                 yield InputLine(number, data.rstrip(b"\r\n"), None)
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgspec
 
+from asyncpipe.client import Choice, Generation
 from asyncpipe.client.sampling import SamplingOptions, make_sampling
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.fields import MAX_PROMPT_CHARS, TokenIds
@@ -55,29 +56,6 @@ class BatchRequest:
     options: dict[str, Any]
     priority: int
     format: LineFormat
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceResult:
-    """One of the `n` texts of a request. `logprobs` has an entry a token, and is None when they were not asked for."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchOutcome:
-    """What became of a request; there is at least one choice. Seconds count from the request's arrival."""
-
-    prompt_token_ids: tuple[int, ...]
-    choices: tuple[ChoiceResult, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    time_to_first_token_s: float
-    total_s: float
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -234,7 +212,7 @@ def _logit_bias(bias: Any) -> dict[int, float]:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def plain_result(request: BatchRequest, outcome: BatchOutcome) -> dict[str, Any]:
+def plain_result(request: BatchRequest, outcome: Generation) -> dict[str, Any]:
     """The output object of a plain line: the first choice's fields, and all "choices" when there are several."""
     result: dict[str, Any] = {"line": request.line}
     if request.custom_id is not None:
@@ -243,16 +221,15 @@ def plain_result(request: BatchRequest, outcome: BatchOutcome) -> dict[str, Any]
     result |= _plain_choice(outcome.choices[0])
     if len(outcome.choices) > 1:
         result["choices"] = [{"index": index, **_plain_choice(choice)} for index, choice in enumerate(outcome.choices)]
-    if outcome.prompt_logprobs is not None:
+    if outcome.prompt_logprobs:
         result["prompt_logprobs"] = _plain_logprobs(outcome.prompt_logprobs)
-    times = {"time_to_first_token_s": round(outcome.time_to_first_token_s, 4), "total_s": round(outcome.total_s, 4)}
+    usage = outcome.usage
+    times = {"time_to_first_token_s": round(usage.time_to_first_token_s, 4), "total_s": round(usage.total_s, 4)}
     result["usage"] = _usage(outcome) | times
     return result
 
 
-def openai_result(
-    request: BatchRequest, outcome: BatchOutcome, model: str, *, created_at_s: int | None = None
-) -> dict[str, Any]:
+def openai_result(request: BatchRequest, outcome: Generation, model: str, *, created_at_s: int | None = None) -> dict[str, Any]:
     """The output object of an OpenAI line, and its number as "line". `created_at_s` is Unix time; None: now."""
     body = {
         "id": f"cmpl-{request.line}",
@@ -271,21 +248,21 @@ def openai_result(
     }
 
 
-def _usage(outcome: BatchOutcome) -> dict[str, Any]:
+def _usage(outcome: Generation) -> dict[str, Any]:
     return {
-        "prompt_tokens": outcome.prompt_tokens,
-        "completion_tokens": outcome.completion_tokens,
-        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+        "prompt_tokens": outcome.usage.prompt_tokens,
+        "completion_tokens": outcome.usage.completion_tokens,
+        "total_tokens": outcome.usage.prompt_tokens + outcome.usage.completion_tokens,
     }
 
 
-def _plain_choice(choice: ChoiceResult) -> dict[str, Any]:
+def _plain_choice(choice: Choice) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "token_ids": choice.token_ids,
         "text": choice.text,
         "finish_reason": choice.finish_reason,
     }
-    if choice.logprobs is not None:
+    if choice.logprobs:
         fields["logprobs"] = _plain_logprobs(choice.logprobs)
     return fields
 
@@ -302,8 +279,8 @@ def _plain_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
     ]
 
 
-def _openai_choice(index: int, choice: ChoiceResult) -> dict[str, Any]:
-    logprobs = None if choice.logprobs is None else _openai_logprobs(choice.logprobs)
+def _openai_choice(index: int, choice: Choice) -> dict[str, Any]:
+    logprobs = _openai_logprobs(choice.logprobs) if choice.logprobs else None
     return {"index": index, "text": choice.text, "finish_reason": choice.finish_reason, "logprobs": logprobs}
 
 

@@ -1,7 +1,8 @@
-"""Wherever a batch is cut off, running it again leaves every line exactly once."""
+"""Wherever a batch is cut off, running it again leaves every line exactly once; no input line can do more than be refused."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
+from asyncpipe.wire.sampling import Sampling
 from asyncpipe_coordinator.batch_files import Reorder, ResultWriter, count_lines, read_lines
+from asyncpipe_coordinator.batch_lines import LineFormat, find_custom_id, parse_line
 
 BATCH_SETTINGS = settings(deadline=None, derandomize=True)
 MOMENTS = st.integers(0, 10_000)  # in ten-thousandths of what a run writes
@@ -87,7 +90,7 @@ def test_a_batch_cut_off_at_any_byte_is_finished() -> None:
             batch.check()
 
 
-@BATCH_SETTINGS
+@settings(BATCH_SETTINGS, max_examples=50)  # each run waits for the disk
 @given(items=ITEMS, moments=st.lists(MOMENTS, max_size=4), data=st.data())
 def test_a_batch_cut_off_again_and_again_in_any_order_is_finished(
     items: list[Item], moments: list[int], data: st.DataObject
@@ -126,14 +129,12 @@ def test_lines_are_counted_and_read_as_python_would(content: str, max_line_bytes
             (number, line.rstrip(b"\r")) for number, line in whole
         ]
         assert count_lines(path) == len(whole)
-        bounded = {line.number: line for line in read_lines(path, start_line, max_line_bytes=max_line_bytes)}
-        for number, line in whole:
-            if number < start_line:
-                assert number not in bounded
-            elif len(line) > max_line_bytes and number in bounded:  # left out when it begins with so many blanks
-                assert isinstance(bounded[number].error, Invalid)
-            elif number in bounded:
-                assert bounded[number].data == line.rstrip(b"\r")
+        for line in read_lines(path, start_line, max_line_bytes=max_line_bytes):
+            raw = content.encode().split(b"\n")[line.number - 1]
+            assert line.number >= start_line
+            assert line.data == (raw.rstrip(b"\r") if len(raw) <= max_line_bytes else None)
+        bounded = {line.number for line in read_lines(path, start_line, max_line_bytes=max_line_bytes)}
+        assert bounded >= {number for number, _ in whole if number >= start_line}
 
 
 @BATCH_SETTINGS
@@ -152,3 +153,29 @@ def test_any_order_becomes_the_order_of_the_beginning(lines: list[int], capacity
         released += reorder.push(line, str(line))
         assert reorder.num_held < capacity
     assert released == [(line, str(line)) for line in lines]
+
+
+NAMES = st.sampled_from(["prompt", "prompt_token_ids", "custom_id", "priority", "max_tokens", *Sampling.__struct_fields__])
+SCALARS = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=4)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+BODIES = st.dictionaries(NAMES | st.text(max_size=3), VALUES, max_size=4)
+PLAIN_LINES = BODIES | st.builds(lambda body: {"prompt": "a", **body}, BODIES)
+OPENAI_LINES = st.builds(lambda body: {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}, PLAIN_LINES)
+
+
+@BATCH_SETTINGS
+@given(
+    data=st.binary(max_size=20)
+    | st.text(max_size=20)
+    | st.one_of(VALUES, PLAIN_LINES, OPENAI_LINES).map(json.dumps)
+    | st.one_of(PLAIN_LINES, OPENAI_LINES).map(lambda line: json.dumps(line, ensure_ascii=False))
+)
+def test_whatever_a_line_holds_it_is_a_request_or_invalid(data: bytes | str) -> None:
+    find_custom_id(data)
+    with contextlib.suppress(Invalid):
+        request = parse_line(data, 1)
+        assert request.prompt
+        assert request.options.keys() <= set(Sampling.__struct_fields__)
+        assert request.format in LineFormat

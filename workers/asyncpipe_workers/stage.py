@@ -9,6 +9,7 @@ sending overlap.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -128,6 +129,7 @@ class StageActor(Actor):
         start_s = time.monotonic()
         self._model = model = await self._compute.run(lambda: self._loader(plan))
         self._plan = plan
+        gc.freeze()  # what is here now stays: no collection need look at it again
         return StageReport(
             stage=plan.stage,
             layers=(plan.first_layer, plan.last_layer),
