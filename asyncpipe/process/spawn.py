@@ -35,8 +35,9 @@ class ChildProcess:
         read_fd, write_fd = os.pipe()
         os.set_blocking(read_fd, False)
         environment = {**(os.environ if env is None else env), PARENT_VARIABLE: str(os.getpid())}
-        try:
-            process = await asyncio.create_subprocess_exec(
+        # Its own task, for a cancelled start may have started: whoever cancels it must not leave a process behind.
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
                 *argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -44,11 +45,15 @@ class ChildProcess:
                 env=environment,
                 start_new_session=True,
             )
+        )
+        try:
+            process = await asyncio.shield(starting)
         except OSError as error:
             os.close(read_fd)
             raise Invalid(f"cannot start {argv[0]}: {error.strerror}") from None
         except BaseException:
             os.close(read_fd)
+            await _undo(starting)
             raise
         finally:
             os.close(write_fd)
@@ -148,3 +153,12 @@ class _Tail:
             self._lines.extend(line[:MAX_LINE_CHARS] for line in (self._partial + rest).split("\n") if line.strip())
             self._partial = ""
         os.close(fd)
+
+
+async def _undo(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:
+    """Starting takes milliseconds; what has started is killed and reaped."""
+    with contextlib.suppress(OSError):
+        process = await starting
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

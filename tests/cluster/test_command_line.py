@@ -55,8 +55,8 @@ def test_generate_prints_the_text_and_one_summary() -> None:
     result = coordinator("generate", "--stages", 2, "--prompt", "import ", "--max-new-tokens", 12)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("import ")
-    assert len(result.stderr.strip().splitlines()) == 1
-    for word in ("12 tokens", "tokens/s", "first token after", "stage 0", "stage 1"):
+    assert len(result.stderr.strip().splitlines()) == 2
+    for word in ("12 tokens", "tokens/s", "first token after", "stage 0", "stage 1", "bubble", "efficiency"):
         assert word in result.stderr
 
 
