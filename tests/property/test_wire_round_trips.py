@@ -56,7 +56,8 @@ def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             low, high = kind.ge if kind.ge is not None else -(2**63), kind.le if kind.le is not None else 2**63 - 1
             return st.integers(low, kind.lt - 1 if kind.lt is not None else high)
         case msgspec.inspect.FloatType():
-            return st.floats(kind.ge, kind.le, exclude_min=False, allow_nan=False) if kind.gt is None else st.just(0.5)
+            minimum = kind.ge if kind.gt is None else kind.gt
+            return st.floats(minimum, kind.le, exclude_min=kind.gt is not None, allow_nan=False)
         case msgspec.inspect.StrType():
             return st.text(min_size=kind.min_length or 0, max_size=min(kind.max_length or 20, 20))
         case msgspec.inspect.BoolType():
@@ -66,7 +67,12 @@ def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         case msgspec.inspect.EnumType():
             return st.sampled_from(list(kind.cls))
         case msgspec.inspect.VarTupleType():
-            return st.lists(values_of(kind.item_type), max_size=min(kind.max_length or 4, 4)).map(tuple)
+            max_size = min(kind.max_length or 4, 4)
+            return st.lists(values_of(kind.item_type), min_size=kind.min_length or 0, max_size=max_size).map(tuple)
+        case msgspec.inspect.DictType():
+            return st.dictionaries(values_of(kind.key_type), values_of(kind.value_type), max_size=min(kind.max_length or 4, 4))
+        case msgspec.inspect.NamedTupleType():
+            return st.builds(kind.cls, **{field.name: values_of(field.type) for field in kind.fields})
         case msgspec.inspect.TupleType():
             return st.tuples(*map(values_of, kind.item_types))
         case msgspec.inspect.UnionType():
@@ -88,7 +94,7 @@ def plain(value: Any) -> Any:
         return ("tensor", value.dtype, value.shape, bytes(value.data))
     if isinstance(value, msgspec.Struct):
         return (type(value), [plain(getattr(value, name)) for name in value.__struct_fields__])
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
+    return (type(value), [plain(item) for item in value]) if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("message_type", MESSAGE_TYPES, ids=lambda found: found.__name__)
@@ -126,26 +132,63 @@ def test_a_refusal_comes_back_cut_to_its_limit(reason: str) -> None:
 
 # --- 100,000 mutations ------------------------------------------------------------------------------------------------
 
+LOGPROBS = messages.TokenLogprobs(17, -0.5, 2, (messages.Alternative(4, -0.25), messages.Alternative(17, -0.5)))
+TIMINGS = (messages.StageTiming(0, 900), messages.StageTiming(70_000, 2**40))
+SAMPLING = messages.Sampling(
+    temperature=0.7, top_p=0.9, repetition_penalty=1.1, logit_bias={5: -100.0, 70_000: 2.5}, seed=7, n=2, stop=("\n\n", "é")
+)
+FAILED = messages.Failed(request_id="req-1", error=ErrorData(ErrorCode.BUSY, "full", 1.0))
+
 SAMPLES: list[Message] = [
-    messages.Generate(request_id="req-1", prompt="Once upon a ☃", sampling=messages.Sampling(stop=("\n\n", "é"), seed=7)),
+    messages.Generate(request_id="req-1", prompt="Once upon a ☃", sampling=SAMPLING, priority=-5),
     messages.Generate(request_id="req-2", prompt_token_ids=tuple(range(300)), deadline_s=2.5),
     messages.Cancel(request_id="req-1"),
     messages.Join(slot=1, pid=4242, host="localhost", device="cpu", address="ipc://@x"),
     messages.Tokens(epoch=1, micro_batch=2, step=3, token_ids=(1, 70_000, 2**31 - 1)),
+    messages.Tokens(
+        epoch=1,
+        micro_batch=2,
+        step=4,
+        token_ids=(17, 4),
+        timings=TIMINGS,
+        logprobs=(LOGPROBS, None),
+        prompt_logprobs=(messages.PromptLogprobs(9, (LOGPROBS,)),),
+    ),
     messages.StageFailed(epoch=1, stage=0, error=ErrorData(ErrorCode.REMOTE, "ValueError: no", 0.5)),
+    messages.Step(epoch=1, micro_batch=0, step=2**40, delta=messages.Delta(token_ids=(5, 6, 7))),
     messages.Step(
         epoch=1,
         micro_batch=0,
         step=2**40,
         delta=messages.Delta(
-            left=(1, 2), token_ids=(5, 6, 7), joined=(messages.Joined(sequence=9, token_ids=(1, 2, 3), temperature=0.7),)
+            left=(1, 2),
+            parted=(3,),
+            adopted=(4,),
+            token_ids=(5, 6, 7),
+            opened=(messages.Opened(9, (1, 2, 3), 2, SAMPLING),),
+            chunks=(messages.Chunk(9, 3),),
+            padding=1,
         ),
+        timings=TIMINGS,
         hidden=Tensor.from_numpy(np.arange(24, dtype=np.float32).reshape(4, 6)),
     ),
-    messages.Failed(request_id="req-1", error=ErrorData(ErrorCode.BUSY, "full", 1.0)),
-    messages.Piece(request_id="req-1", index=3, token_id=17, text="🙂"),
+    messages.Updates(
+        updates=(
+            messages.PromptScored(request_id="req-1", logprobs=(LOGPROBS,)),
+            messages.Piece(request_id="req-1", index=3, token_id=17, text="🙂", choice=1, logprobs=LOGPROBS),
+            messages.Finished(
+                request_id="req-2",
+                finish_reason=messages.FinishReason.STOP,
+                text="",
+                usage=messages.Usage(prompt_tokens=300, completion_tokens=7),
+            ),
+            FAILED,
+        )
+    ),
+    messages.Updates(updates=(FAILED,)),
+    messages.Spans(first=8, num_lost=2, spans=(messages.Span(1, 2, 3, -4, 5, 6), messages.Span(2, 0, 2**40, 2**60, 9, 1))),
 ]
-ANY_MESSAGE = messages.ClientToCoordinator | messages.CoordinatorToClient | messages.WorkerToCoordinator | messages.ToStage
+ANY_MESSAGE = messages.ClientToCoordinator | messages.Updates | messages.WorkerToCoordinator | messages.ToStage | messages.Spans
 HELLOS = [
     encode_hello(Hello(node=NodeId("n" * 16), role="worker", token="secret", shm="1:2:abc")),
     encode_hello(Hello(node=NodeId("é"), role="")),

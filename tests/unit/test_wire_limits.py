@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any
 
 import msgpack
@@ -9,11 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from asyncpipe.actors.envelope import Envelope, EnvelopeKind, encode_envelope
 from asyncpipe.errors import Invalid, Refused, WireError
 from asyncpipe.ids import NodeId
 from asyncpipe.wire.codec import Codec, encode
+from asyncpipe.wire.fields import MAX_SEQUENCES_PER_STEP
 from asyncpipe.wire.handshake import MAX_HELLO_BYTES, Hello, check_hello, decode_hello, decode_refusal, encode_hello
-from asyncpipe.wire.messages import Cancel, Delta, Generate, GetStatus, Message, Sampling, Step
+from asyncpipe.wire.messages import Cancel, Delta, Generate, GetStatus, Message, Sampling, Step, ToStage, Updates
 from asyncpipe.wire.tensors import MAX_TENSOR_FRAMES, DType, Tensor, TensorRef, resolve
 
 
@@ -113,6 +116,22 @@ def test_too_many_tensors_or_a_foreign_object_cannot_be_sent() -> None:
         {"type": "Generate", "request_id": "r", "sampling": {"top_p": 0.0}},
         {"type": "Generate", "request_id": "r", "sampling": {"stop": ["x"] * 17}},
         {"type": "Generate", "request_id": "r", "sampling": {"max_new_tokens": 0}},
+        {"type": "Generate", "request_id": "r", "sampling": {"temperature": float("nan")}},
+        {"type": "Generate", "request_id": "r", "sampling": {"min_p": 1.1}},
+        {"type": "Generate", "request_id": "r", "sampling": {"repetition_penalty": 0.0}},
+        {"type": "Generate", "request_id": "r", "sampling": {"presence_penalty": -2.1}},
+        {"type": "Generate", "request_id": "r", "sampling": {"frequency_penalty": 2.1}},
+        {"type": "Generate", "request_id": "r", "sampling": {"logit_bias": {-1: 0.0}}},
+        {"type": "Generate", "request_id": "r", "sampling": {"logit_bias": {"1": 0.0}}},
+        {"type": "Generate", "request_id": "r", "sampling": {"logit_bias": {1: -100.1}}},
+        {"type": "Generate", "request_id": "r", "sampling": {"logit_bias": dict.fromkeys(range(1025), 0.0)}},
+        {"type": "Generate", "request_id": "r", "sampling": {"n": 0}},
+        {"type": "Generate", "request_id": "r", "sampling": {"n": 65}},
+        {"type": "Generate", "request_id": "r", "sampling": {"stop": [""]}},
+        {"type": "Generate", "request_id": "r", "sampling": {"stop_token_ids": [0] * 257}},
+        {"type": "Generate", "request_id": "r", "sampling": {"logprobs": 21}},
+        {"type": "Generate", "request_id": "r", "sampling": {"prompt_logprobs": -1}},
+        {"type": "Generate", "request_id": "r", "priority": 1001},
         [],
         None,
         b"bytes",
@@ -121,6 +140,63 @@ def test_too_many_tensors_or_a_foreign_object_cannot_be_sent() -> None:
 def test_what_breaks_a_bound_is_a_wire_error(fields: Any) -> None:
     with pytest.raises(WireError):
         Codec[Message](Generate | Cancel).decode([msgpack.packb(fields)])
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        [],  # a map, not an array
+        {"left": [-1]},
+        {"parted": [2**53 + 1]},
+        {"adopted": [0] * (MAX_SEQUENCES_PER_STEP + 1)},
+        {"token_ids": [0] * (MAX_SEQUENCES_PER_STEP + 1)},
+        {"token_ids": [2**31]},
+        {"opened": [[9, [1, 2]]]},  # without num_prompt
+        {"opened": [{"sequence": 9, "token_ids": [1, 2], "num_prompt": 2}]},
+        {"opened": [[9, [1, 2], 2, {"top_p": 0.0}]]},
+        {"chunks": [[9, 0]]},
+        {"chunks": [[9]]},
+        {"padding": -1},
+    ],
+)
+def test_a_delta_that_breaks_a_bound_is_a_wire_error(delta: Any) -> None:
+    fields = {"type": "Step", "epoch": 1, "micro_batch": 0, "step": 0}
+    codec = Codec[Message](ToStage)
+    assert codec.decode([msgpack.packb({**fields, "delta": {}})]) == Step(epoch=1, micro_batch=0, step=0, delta=Delta())
+    with pytest.raises(WireError):
+        codec.decode([msgpack.packb({**fields, "delta": delta})])
+
+
+@pytest.mark.parametrize(
+    "updates",
+    [
+        [],
+        [{"type": "Cancel", "request_id": "r"}],  # a message, but not an update
+        [{"type": "Updates", "updates": []}],
+        [{"request_id": "r", "index": 0, "token_id": 0, "text": ""}],
+        [{"type": "Piece", "request_id": "r", "index": 0, "token_id": 0, "text": "", "logprobs": [0, 0.0]}],
+        [{"type": "Piece", "request_id": "r", "index": 0, "token_id": 0, "text": ""}] * (2 * MAX_SEQUENCES_PER_STEP + 1),
+    ],
+)
+def test_updates_that_break_a_bound_are_a_wire_error(updates: list[Any]) -> None:
+    with pytest.raises(WireError):
+        Codec[Message](Updates).decode([msgpack.packb({"type": "Updates", "updates": updates})])
+
+
+def decode_step_len(num_sequences: int) -> int:
+    """Bytes of a step in which nobody comes or goes, in the worst case of every number, with its envelope."""
+    delta = Delta(token_ids=(2**31 - 1,) * num_sequences)
+    step = Step(epoch=2**53, micro_batch=2**53, step=2**53, delta=delta)
+    envelope = encode_envelope(Envelope(EnvelopeKind.TELL, "stage", "coordinator"))
+    return len(envelope) + sum(map(len, encode(step)))
+
+
+def test_a_steady_decode_step_takes_less_than_200_bytes_and_5_more_a_sequence() -> None:
+    lens = [decode_step_len(num_sequences) for num_sequences in range(MAX_SEQUENCES_PER_STEP + 1)]
+    assert all(num_bytes < 200 + 5 * num_sequences for num_sequences, num_bytes in enumerate(lens))
+    growth = [after - before for before, after in itertools.pairwise(lens)]
+    del growth[15], growth[0]  # there the list gets a longer header, or appears at all
+    assert max(growth) <= 5
 
 
 def test_bounds_hold_and_defaults_do_not_travel() -> None:

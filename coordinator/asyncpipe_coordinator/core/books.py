@@ -31,10 +31,14 @@ class Books:
         self.next_number += 1
         return self.next_number - 1
 
-    def open_micro_batches(self, count: int) -> None:
+    def open_micro_batches(self, count: int, *, with_spare: bool) -> None:
+        """`with_spare` makes one more, for newcomers that would have to wait for a long prompt's steps."""
         self.num_open = count
-        while len(self.micro_batches) < count:
+        while len(self.micro_batches) < count + with_spare:
             self.micro_batches.append(MicroBatch(len(self.micro_batches)))
+
+    def is_spare(self, micro_batch: MicroBatch) -> bool:
+        return micro_batch.index >= self.num_open
 
     @property
     def num_running(self) -> int:

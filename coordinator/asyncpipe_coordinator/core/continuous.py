@@ -52,8 +52,12 @@ def compose(books: Books, micro_batch: MicroBatch) -> Delta:
     grow(books, micro_batch)
     step.adopted = [sequence for sequence in step.adopted if sequence.state is SequenceState.RUNNING]
     decode(micro_batch, step)
-    if micro_batch.index < books.num_open:
-        _prefill(books, micro_batch, step)
+    _admit(books)
+    if not books.is_spare(micro_batch):
+        room = _share_of_all(books) - len(micro_batch.members)
+        _prefill(books, micro_batch, step, _shares(books.prefilling, prefill_budget(books, micro_batch)), room=room)
+    elif not micro_batch.members and micro_batch.index == books.num_open:
+        _prefill(books, micro_batch, step, _newcomers(books), room=books.limits.max_sequences_per_micro_batch)
     return step.delta(books)
 
 
@@ -77,7 +81,7 @@ def grow(books: Books, micro_batch: MicroBatch) -> None:
 
 def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
     """Give away whoever is more than this micro-batch's even share."""
-    share = -(-books.num_running // books.num_open) if micro_batch.index < books.num_open else 0
+    share = 0 if books.is_spare(micro_batch) else -(-books.num_running // books.num_open)
     while len(micro_batch.members) > share:
         sequence = micro_batch.members.pop()
         sequence.move(SequenceState.PARKED)
@@ -86,7 +90,7 @@ def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
 
 
 def _adopt(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
-    share = -(-books.num_running // books.num_open) if micro_batch.index < books.num_open else 0
+    share = 0 if books.is_spare(micro_batch) else -(-books.num_running // books.num_open)
     while books.parked and len(micro_batch.members) < min(share, books.limits.max_sequences_per_micro_batch):
         sequence = books.parked.popleft()
         sequence.move(SequenceState.RUNNING)
@@ -94,11 +98,11 @@ def _adopt(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
         step.adopted.append(sequence)
 
 
-def _prefill(books: Books, micro_batch: MicroBatch, step: Composition) -> None:
-    _admit(books)
-    budget = prefill_budget(books, num_decoding=len(micro_batch.members))
-    room = _share_of_all(books) - len(micro_batch.members)  # for sequences whose prompt ends with this step
-    for sequence, count in _shares(books.prefilling, budget):
+def _prefill(
+    books: Books, micro_batch: MicroBatch, step: Composition, shares: list[tuple[Sequence, int]], *, room: int
+) -> None:
+    """`room` is for sequences whose prompt ends with this step."""
+    for sequence, count in shares:
         if count == sequence.num_remaining and room <= 0:
             continue  # another micro-batch has room for it
         if not sequence.num_computed:
@@ -133,9 +137,9 @@ def _admit(books: Books) -> None:
             return
 
 
-def prefill_budget(books: Books, *, num_decoding: int) -> int:
+def prefill_budget(books: Books, micro_batch: MicroBatch) -> int:
     """Prompt tokens for one step. All that fit when nobody decodes, for then nobody is held up."""
-    most = max(books.limits.max_step_tokens - num_decoding, 1)
+    most = max(books.limits.max_step_tokens - len(micro_batch.members), 1)
     if not books.num_running:
         return most
     waiting = books.waiting.num_tokens + sum(sequence.num_remaining for sequence in books.prefilling)
@@ -158,6 +162,18 @@ def _shares(prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int
             shares[sequence] = shares.get(sequence, 0) + more
             budget -= more
     return list(shares.items())
+
+
+def _newcomers(books: Books) -> list[tuple[Sequence, int]]:
+    """Whole prompts for the spare micro-batch, short ones first: those that would wait behind a long one's chunks."""
+    if not any(sequence.num_computed for sequence in books.prefilling):
+        return []
+    budget, whole = books.limits.max_step_tokens, []
+    for sequence in sorted(books.prefilling, key=lambda s: s.num_remaining):
+        if not sequence.num_computed and sequence.num_remaining <= budget:
+            whole.append((sequence, sequence.num_remaining))
+            budget -= sequence.num_remaining
+    return whole
 
 
 def _share_of_all(books: Books) -> int:

@@ -26,10 +26,10 @@ class Limits:
 
     @property
     def most_micro_batches(self) -> int:
-        """So many are ever in flight."""
+        """So many are ever open; one more may be spare."""
         return self.num_micro_batches or 4 * self.num_stages + 4
 
     @property
     def max_sequences(self) -> int:
         """That stages ever hold at once."""
-        return self.most_micro_batches * self.max_sequences_per_micro_batch
+        return (self.most_micro_batches + 1) * self.max_sequences_per_micro_batch

@@ -175,7 +175,7 @@ class Machine:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
         self._epoch, self._lost = event.epoch, None
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
-        self._books.open_micro_batches(self._wanted_micro_batches())
+        self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
 
     def _fail_unfit(self) -> list[Command]:
@@ -259,7 +259,12 @@ class Machine:
         self._steps_since_retune += 1
         if self._steps_since_retune >= RETUNE_STEPS:
             self._steps_since_retune = 0
-            self._books.open_micro_batches(self._wanted_micro_batches())
+            self._open_micro_batches()
+
+    def _open_micro_batches(self) -> None:
+        """A number that the user has fixed is never exceeded."""
+        is_automatic = self.limits.num_micro_batches is None and self.limits.schedule is Schedule.CONTINUOUS
+        self._books.open_micro_batches(self._wanted_micro_batches(), with_spare=is_automatic)
 
     def _wanted_micro_batches(self) -> int:
         limits, books = self.limits, self._books
@@ -275,18 +280,25 @@ class Machine:
     # --- issuing ---
 
     def _issue_idle(self, at_s: float) -> list[Command]:
-        """Issue micro-batches that rest while there is something for them to do, the emptiest first."""
+        """Issue micro-batches that rest while there is something for them to do.
+
+        First those that only give their members away, so that others can take them; then the emptiest; a spare one last.
+        """
         if self._epoch is None:
             return []
         idle = [batch for batch in self._books.micro_batches if batch.in_flight is None]
         if self.limits.schedule is Schedule.BARRIER and len(idle) < len(self._books.micro_batches):
             return []
         commands: list[Command] = []
-        for micro_batch in sorted(idle, key=lambda batch: len(batch.members)):
+        for micro_batch in sorted(idle, key=self._turn):
             commands += self._issue(self._epoch, micro_batch, at_s)
         if not any(batch.in_flight for batch in self._books.micro_batches):
             self.meter.emptied()
         return commands
+
+    def _turn(self, micro_batch: MicroBatch) -> tuple[int, int]:
+        is_spare, num_members = self._books.is_spare(micro_batch), len(micro_batch.members)
+        return (0 if is_spare and num_members else 2 if is_spare else 1, num_members)
 
     def _issue(self, epoch: int, micro_batch: MicroBatch, at_s: float) -> list[Command]:
         delta = self._compose(self._books, micro_batch)
