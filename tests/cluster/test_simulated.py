@@ -120,11 +120,14 @@ def test_a_short_prompt_is_at_most_three_steps_later_while_a_long_one_is_compute
     run(scenario(), timeout_s=60)
 
 
+def check_without_torch(pid: int) -> None:
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_no_torch_is_imported_by_simulated_workers() -> None:
     async def scenario() -> None:
         async with Service.open(simulated(1, "sim")) as service, connect(await service.listen("memory://c")) as client:
-            pid = (await client.status()).stages[0].pid
-            assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+            check_without_torch((await client.status()).stages[0].pid)
 
     start_s = time.monotonic()
     run(scenario(), timeout_s=60)
