@@ -13,43 +13,49 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import resource
+import os
+import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from asyncpipe import Client, connect
 from asyncpipe.wire.messages import Status
-from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL
-from asyncpipe_coordinator.service import Service
 
 STAGE_MS = 10.0
 UNEVEN = 1.2  # every second stage takes so much longer
-SEQUENCES = 4  # in a micro-batch
+START_TIMEOUT_S = 60.0
 WARM_UP_TOKENS = 24
 
 
-def config_of(
-    arguments: argparse.Namespace, *, micro_batches: int | None = None, schedule: str = "continuous"
-) -> ServiceConfig:
-    """Layers of a tenth of a stage, so that an uneven pipeline is an uneven split."""
-    split = tuple(round(10 * (UNEVEN if arguments.uneven and stage % 2 else 1)) for stage in range(arguments.stages))
+@asynccontextmanager
+async def serving(arguments: argparse.Namespace) -> AsyncIterator[tuple[Client, int]]:
+    """A coordinator process with its workers: a client of it, and its pid. Layers take a tenth of a stage's time, so that an
+    uneven pipeline is an uneven split."""
+    split = [round(10 * (UNEVEN if arguments.uneven and stage % 2 else 1)) for stage in range(arguments.stages)]
     device = (
         f"sim:layer_ms={STAGE_MS / 10},layers={sum(split)},link_ms={arguments.link_ms}"
         f",jitter={arguments.jitter},hidden_size={arguments.hidden_size}"
     )
-    return ServiceConfig(
-        checkpoint=BUNDLED_MODEL,
-        num_stages=arguments.stages,
-        split=split,
-        num_micro_batches=micro_batches,
-        max_sequences=SEQUENCES,
-        schedule=Schedule(schedule),
-        device=device,
-    )
+    flags = ["--stages", str(arguments.stages), "--split", ",".join(map(str, split)), "--device", device]
+    flags += ["--max-sequences", str(arguments.sequences), "--schedule", arguments.schedule]
+    if arguments.micro_batches:
+        flags += ["--micro-batches", str(arguments.micro_batches)]
+    command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", "--bind", "tcp://127.0.0.1:0", "--json", *flags]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        address = json.loads(await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S))["address"]
+        async with connect(address) as client:
+            yield client, process.pid
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 async def decode(client: Client, count: int, new_tokens: int) -> None:
@@ -58,27 +64,27 @@ async def decode(client: Client, count: int, new_tokens: int) -> None:
     await asyncio.gather(*(client.generate(prompt, max_new_tokens=new_tokens, timeout_s=600) for prompt in prompts))
 
 
-async def measure(config: ServiceConfig, *, new_tokens: int) -> dict[str, Any]:
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one pipeline."""
-    async with Service.open(config) as service, connect(await service.listen("memory://bench")) as client:
-        micro_batches = config.num_micro_batches or await settled(client, config)
+    new_tokens = arguments.new_tokens or max(2400 // (arguments.stages + 2), 24) // (2 if arguments.quick else 1)
+    async with serving(arguments) as (client, pid):
+        micro_batches = arguments.micro_batches or await settled(client, arguments)
         before = await client.status()
-        start_s, start_cpu_s = time.perf_counter(), cpu_s()
-        await decode(client, SEQUENCES * micro_batches, new_tokens)
-        seconds, used_s = time.perf_counter() - start_s, cpu_s() - start_cpu_s
+        start_s, start_cpu_s = time.perf_counter(), cpu_s(pid)
+        await decode(client, arguments.sequences * micro_batches, new_tokens)
+        seconds, used_s = time.perf_counter() - start_s, cpu_s(pid) - start_cpu_s
         figures = report(before, await client.status(), seconds=seconds, coordinator_cpu_s=used_s)
         return figures | {"micro_batches": micro_batches}
 
 
-async def settled(client: Client, config: ServiceConfig) -> int:
+async def settled(client: Client, arguments: argparse.Namespace) -> int:
     """The number of micro-batches that is chosen while more sequences wait than run."""
-    count = SEQUENCES * (4 * config.num_stages + 4)
-    load = asyncio.ensure_future(decode(client, count, WARM_UP_TOKENS))
-    chosen = config.num_stages
+    load = asyncio.ensure_future(decode(client, arguments.sequences * (4 * arguments.stages + 4), WARM_UP_TOKENS))
+    chosen = arguments.stages
     while not load.done():
         await asyncio.wait({load}, timeout=0.25)
         status = await client.status()
-        if status.requests_waiting and status.pipeline.steps > 4 * config.num_stages:
+        if status.requests_waiting and status.pipeline.steps > 4 * arguments.stages:
             chosen = status.pipeline.num_micro_batches
     await load
     return chosen
@@ -100,17 +106,10 @@ def report(before: Status, after: Status, *, seconds: float, coordinator_cpu_s: 
     }
 
 
-def cpu_s() -> float:
-    """Of this process, which is coordinator and client."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-async def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    new_tokens = arguments.new_tokens or max(2400 // (arguments.stages + 2), 24) // (2 if arguments.quick else 1)
-    config = config_of(arguments, micro_batches=arguments.micro_batches, schedule=arguments.schedule)
-    figures = await measure(config, new_tokens=new_tokens)
-    return {"stages": arguments.stages, "uneven": arguments.uneven, "link_ms": arguments.link_ms, **figures}
+def cpu_s(pid: int) -> float:
+    """User and system time of a process; its workers are processes of their own."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--link-ms", type=float, default=0.0, help="delay of every link (default: 0)")
     parser.add_argument("--jitter", type=float, default=0.0, help="relative deviation of stage times (default: 0)")
     parser.add_argument("--hidden-size", type=int, default=0, help="float32 values a token between stages (default: 0)")
+    parser.add_argument("--sequences", type=int, default=4, help="in each micro-batch (default: 4)")
     parser.add_argument("--micro-batches", type=int, help="default: automatic")
     parser.add_argument("--schedule", default="continuous", choices=[schedule.value for schedule in Schedule])
     parser.add_argument("--new-tokens", type=int, help="for each sequence (default: about half a minute's)")
@@ -130,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    result = uvloop.run(run(arguments))
+    names = {"stages": arguments.stages, "uneven": arguments.uneven, "link_ms": arguments.link_ms}
+    result = names | uvloop.run(measure(arguments))
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from tqdm import tqdm
-
 from random_model import make_model
+from tqdm import tqdm
 
 from asyncpipe import Client, connect
 from asyncpipe_coordinator.config import ServiceConfig

@@ -3,9 +3,9 @@
     python benchmarks/ragged.py
     python benchmarks/ragged.py --quick --json
 
-64 requests with prompts of 4 to 400 tokens and outputs of 1 to 200, all at once, on a random OPT. `ratio_static` is useful tokens
-per second (generated, padding not counted) of two one-thread stages over the same with `--static`; `two_stage_ratio` is two
-one-thread stages over one process with two threads and the same number of sequences in flight.
+64 requests with prompts of 4 to 400 tokens and outputs of 1 to 200, all at once, on a random OPT. `ratio_static` is useful
+tokens per second (generated, padding not counted) of two one-thread stages over the same with `--static`; `two_stage_ratio` is
+two one-thread stages over one process with two threads and the same number of sequences in flight.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
 
@@ -22,26 +23,46 @@ class Inbox:
     def __init__(self, request_id: str, *, num_choices: int) -> None:
         self.request_id = request_id
         self._num_open = num_choices
-        self._events: asyncio.Queue[Event | AsyncPipeError] = asyncio.Queue(MAX_EVENTS)
+        self._events: deque[Event | AsyncPipeError] = deque()
+        self._news: asyncio.Future[None] | None = None  # what the reader waits for
 
     def put(self, event: Event | AsyncPipeError) -> None:
-        self._events.put_nowait(event)
+        if len(self._events) >= MAX_EVENTS:
+            event = Busy(f"request {self.request_id} has {MAX_EVENTS} events that nobody has read")
+            self._events.clear()
+        self._events.append(event)
+        self._wake()
 
     async def events(self, *, timeout_s: float) -> AsyncGenerator[Event, None]:
         """Pieces, and a Finished for every choice. Raises what ended the request, or Timeout after `timeout_s` in total."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    event = await self._events.get()
-            except TimeoutError:
-                raise Timeout(f"request {self.request_id} did not finish within {timeout_s:g} s") from None
-            if isinstance(event, AsyncPipeError):
-                raise event
-            yield event
-            self._num_open -= isinstance(event, Finished)
-            if not self._num_open:
-                return
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        alarm = loop.call_at(deadline_s, self._wake)  # one for all waits: a token comes often, a deadline hardly ever
+        try:
+            while self._num_open:
+                if not self._events:
+                    if loop.time() >= deadline_s:
+                        raise Timeout(f"request {self.request_id} did not finish within {timeout_s:g} s")
+                    await self._wait()
+                    continue
+                event = self._events.popleft()
+                if isinstance(event, AsyncPipeError):
+                    raise event
+                self._num_open -= isinstance(event, Finished)
+                yield event
+        finally:
+            alarm.cancel()
+
+    async def _wait(self) -> None:
+        self._news = asyncio.get_running_loop().create_future()
+        try:
+            await self._news
+        finally:
+            self._news = None
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
 
 class InboxActor(Actor):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from asyncpipe.errors import Invalid
 
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet of bytes: printable ones stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_characters()
 CONTEXT_TOKENS = 6  # tokens before a new one that may change how it is written (spaces, byte sequences)
 
 
@@ -20,6 +31,9 @@ class TextCodec:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._token_bytes: dict[int, bytes] = {}
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
     def load(cls, path: Path) -> TextCodec:
@@ -45,15 +59,62 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self)
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one, for one text."""
+        from tokenizers.decoders import ByteLevel
+
+        if isinstance(self._tokenizer.decoder, ByteLevel):
+            return ByteDetokenizer(self._bytes_of)
+        return ContextDetokenizer(self)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """What a byte-level token stands for; nothing for a special one."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._look_up(token_id)
+        return known
+
+    def _look_up(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special_ids:
+            return b""
+        try:
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token is written as it is
+            return token.encode()
 
 
-class IncrementalDetokenizer:
+class Detokenizer(Protocol):
     """`push` each token; what it returns, put together with the final `flush`, is the decoded whole.
 
-    A token is decoded behind the few tokens before it, because a tokenizer may write it differently at the start of a
-    text. Text that ends within a character is held back until the character is complete.
+    Text that ends within a character is held back until the character is complete.
+    """
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str:
+        """The rest, even if its last character is incomplete."""
+        ...
+
+
+class ByteDetokenizer:
+    """For byte-level vocabularies, where a text is its tokens' bytes one after the other."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ContextDetokenizer:
+    """For any tokenizer.
+
+    A token is decoded behind the few tokens before it, because a tokenizer may write it differently at the start of a text.
     """
 
     def __init__(self, codec: TextCodec) -> None:
@@ -70,7 +131,6 @@ class IncrementalDetokenizer:
         return self._show(text)
 
     def flush(self) -> str:
-        """The rest, even if its last character is incomplete."""
         return self._show(self._codec.decode(self._tokens))
 
     def _show(self, text: str) -> str:

@@ -37,23 +37,372 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class GivenUniform(Sampler):
-    """Draws with `uniform` rather than with its seed's number."""
+class SteeredSampler(Sampler):
+    """Draws with `uniform`, if there is one, rather than with a number from its seed."""
 
-    uniform = 0.0
+    uniform: float | None = None
 
     def _uniform(self) -> float:
-        return self.uniform
+        return super()._uniform() if self.uniform is None else self.uniform
 
 
-def new(prompt: Sequence[int] = (1,), generated: Sequence[int] = (), *, ends: Sequence[int] = (), **options: Any) -> Sampler:
-    return _new(Sampler, prompt, generated, ends, options)
-
-
-def steered(prompt: Sequence[int] = (1,), generated: Sequence[int] = (), **options: Any) -> GivenUniform:
-    return _new(GivenUniform, prompt, generated, (), options)
-
-
-def _new[S: Sampler](kind: type[S], prompt: Sequence[int], generated: Sequence[int], ends: Sequence[int], options: Any) -> S:
+def new(
+    prompt: Sequence[int] = (1,), generated: Sequence[int] = (), *, ends: Sequence[int] = (), **options: Any
+) -> SteeredSampler:
     sampling = Sampling(**({"temperature": 1.0} | options))
-    return kind(sampling, [*prompt, *generated], num_prompt=len(prompt), eos_token_ids=frozenset(ends))
+    return SteeredSampler(sampling, [*prompt, *generated], num_prompt=len(prompt), eos_token_ids=frozenset(ends))
+
+
+def random_logits(size: int, *, seed: int, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def hugging_face(logits_V: torch.Tensor, token_ids: Sequence[int], options: dict[str, Any]) -> torch.Tensor:
+    """Probabilities after its processors, in the order in which its `generate` applies them."""
+    processors = LogitsProcessorList()
+    if "repetition_penalty" in options:
+        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "temperature" in options:
+        processors.append(TemperatureLogitsWarper(options["temperature"]))
+    if "top_k" in options:
+        processors.append(TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        processors.append(TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        processors.append(MinPLogitsWarper(options["min_p"]))
+    scores_1V: torch.Tensor = processors(torch.tensor([token_ids]), logits_V.double()[None])  # type: ignore[arg-type]
+    return scores_1V[0].softmax(dim=-1)
+
+
+def shares(sampler: SteeredSampler, logits_V: torch.Tensor, *, num: int = 500) -> torch.Tensor:
+    """Each token's share of `num` draws with evenly spaced uniforms: its probability, give or take 1 / `num`."""
+    counts_V = torch.zeros(len(logits_V), dtype=torch.float64)
+    for index in range(num):
+        sampler.uniform = (index + 0.5) / num
+        counts_V[sampler.choose(logits_V)] += 1
+    return counts_V / num
+
+
+def assert_draws_follow(probabilities_V: torch.Tensor, sampler: SteeredSampler, logits_V: torch.Tensor, num: int = 500) -> None:
+    shares_V = shares(sampler, logits_V, num=num)
+    assert not shares_V[probabilities_V == 0].any(), "a token was drawn that cannot be"
+    assert (shares_V - probabilities_V).abs().max() <= 1.01 / num
+    for sampler.uniform in (0.0, ALMOST_ONE):
+        assert probabilities_V[sampler.choose(logits_V)] > 0
+
+
+def random_options(seed: int) -> dict[str, Any]:
+    """Some of the parameters, with random values."""
+    generator = random.Random(seed)
+    options = {
+        "repetition_penalty": generator.uniform(0.5, 2.0),
+        "temperature": generator.uniform(0.2, 3.0),
+        "top_k": generator.randint(1, SMALL + 5),
+        "top_p": generator.uniform(0.05, 0.999),
+        "min_p": generator.uniform(0.001, 0.5),
+    }
+    return {name: options[name] for name in generator.sample(sorted(options), generator.randint(1, 5))}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.6},
+        {"temperature": 0.3},
+        {"temperature": 5.0},
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": SMALL - 1},
+        {"top_k": SMALL + 100},
+        {"top_p": 0.01},
+        {"top_p": 0.5},
+        {"top_p": 0.99},
+        {"min_p": 0.02},
+        {"min_p": 0.5},
+        {"min_p": 1.0},
+        *(random_options(seed) for seed in range(12)),
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_hugging_face_says(options: dict[str, Any]) -> None:
+    logits_V = random_logits(SMALL, seed=len(str(options)))
+    prompt, generated = [3, 3, 50, 7], [8, 9, 8, *logits_V.topk(3).indices.tolist()]
+    expected_V = hugging_face(logits_V, prompt + generated, options)
+    assert_draws_follow(expected_V, new(prompt, generated, **options), logits_V)
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        (6.0, {"top_p": 0.9}),  # few tokens
+        (1.0, {"top_p": 0.9}),  # many thousands
+        (1.0, {"top_p": 0.9, "min_p": 0.02, "temperature": 0.8}),
+        (1.0, {"min_p": 0.001}),
+        (4.0, {"min_p": 0.05}),
+        (1.0, {"top_k": 3000, "top_p": 0.95}),
+        (0.001, {"top_p": 0.5}),
+    ],
+    ids=str,
+)
+def test_of_a_large_vocabulary_the_right_tokens_are_kept(scale: float, options: dict[str, Any]) -> None:
+    logits_V = random_logits(LARGE, seed=5, scale=scale)
+    probabilities_V = hugging_face(logits_V, [1], options)
+    sampler = new(**options)
+    if scale <= 1.0 and "top_k" not in options:
+        assert (probabilities_V > 0).sum() > LIKELY, "the case is not what it should be"
+    picked = []
+    for sampler.uniform in (0.0, *(index / 23 for index in range(1, 23)), ALMOST_ONE):
+        picked.append(sampler.choose(logits_V))
+    # The likeliest comes first, so every pick's probability is known, to the last one that is kept.
+    sorted_V = probabilities_V.sort(descending=True).values
+    sums_V = sorted_V.cumsum(dim=-1)
+    expected = [sorted_V[0], *(sorted_V[sums_V > index / 23][0] for index in range(1, 23)), sorted_V[sorted_V > 0][-1]]
+    torch.testing.assert_close(probabilities_V[picked], torch.stack(expected), rtol=1e-4, atol=0)
+    assert len(set(picked)) > 3
+
+
+def test_a_large_vocabulary_without_limits_is_drawn_from_as_a_whole() -> None:
+    logits_V = random_logits(LARGE, seed=6, scale=1.0)
+    sampler = new()
+    picked = []
+    for sampler.uniform in (index / 100 for index in range(100)):
+        picked.append(sampler.choose(logits_V))
+    sums_V = logits_V.double().softmax(dim=-1).cumsum(dim=-1)
+    before_V = torch.cat([torch.zeros(1), sums_V[:-1]])
+    for index, token_id in enumerate(picked):
+        assert before_V[token_id] - 1e-12 <= index / 100 < sums_V[token_id] + 1e-12
+
+
+def changed(logits_V: torch.Tensor, changes: dict[int, float]) -> torch.Tensor:
+    """Probabilities with `changes` added to some logits."""
+    scores_V = logits_V.double()
+    for token_id, change in changes.items():
+        scores_V[token_id] += change
+    return scores_V.softmax(dim=-1)
+
+
+@pytest.mark.parametrize("presence_penalty", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("frequency_penalty", [-0.5, 0.0, 0.7])
+def test_presence_and_frequency_penalties_count_generated_tokens_only(
+    presence_penalty: float, frequency_penalty: float
+) -> None:
+    logits_V = random_logits(SMALL, seed=1, scale=1.0)
+    generated = [4, 5, 4, 6, 4, 5]
+    options: dict[str, Any] = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+    penalties = {token_id: presence_penalty + frequency_penalty * count for token_id, count in Counter(generated).items()}
+    expected_V = changed(logits_V, {token_id: -penalty for token_id, penalty in penalties.items()})
+    assert_draws_follow(expected_V, new([4, 9, 9, 9], generated, **options), logits_V)
+    assert_draws_follow(logits_V.double().softmax(dim=-1), new([4, 9, 9, 9], **options), logits_V)
+
+
+def test_tokens_that_are_pushed_are_penalized() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.0])
+    sampler = new([1, 1], temperature=0.0, frequency_penalty=1.0)
+    chosen = []
+    for _ in range(5):
+        chosen.append(sampler.choose(logits_V))
+        sampler.push(chosen[-1])
+    assert chosen == [1, 1, 2, 0, 1]  # of equals, the first
+    assert (sampler.num_generated, sampler.num_tokens) == (5, 7)
+
+
+def test_logit_bias_is_added_and_unknown_tokens_are_ignored() -> None:
+    logits_V = random_logits(SMALL, seed=2)
+    bias = {0: 2.5, 7: -1.0, SMALL - 1: 3.0, SMALL: 100.0, 2**31 - 1: 100.0}
+    expected_V = changed(logits_V, {token_id: value for token_id, value in bias.items() if token_id < SMALL})
+    assert_draws_follow(expected_V, new(logit_bias=bias), logits_V)
+    assert new(logit_bias={17: 100.0}, temperature=0.0).choose(logits_V) == 17
+    likeliest = int(logits_V.argmax())
+    assert shares(new(logit_bias={likeliest: -100.0}), logits_V)[likeliest] == 0
+
+
+def test_the_repetition_penalty_comes_before_what_is_added() -> None:
+    logits_V = random_logits(SMALL, seed=3)
+    options: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": {5: 1.0, 6: -1.0}}
+    penalized_V = hugging_face(logits_V, [5, 4, 4], {"repetition_penalty": 1.4}).log()
+    expected_V = changed(penalized_V, {4: -1.0, 5: 1.0, 6: -1.0})
+    assert_draws_follow(expected_V, new([5], [4, 4], repetition_penalty=1.4, **options), logits_V)
+
+
+@pytest.mark.parametrize("num_generated", range(5))
+def test_no_end_comes_before_min_tokens(num_generated: int) -> None:
+    logits_V = random_logits(SMALL, seed=4)
+    first, second, third, fourth, fifth = logits_V.topk(5).indices.tolist()
+    options: dict[str, Any] = {"ends": [first, third], "min_tokens": 3, "stop_token_ids": (second, fourth, SMALL + 3)}
+    is_early = num_generated < 3
+    prompt, generated = [7] * 5, [8] * num_generated
+    banned = {token_id: -float("inf") for token_id in (first, second, third, fourth) if is_early}
+    assert_draws_follow(changed(logits_V, banned), new(prompt, generated, **options), logits_V)
+    assert new(prompt, generated, temperature=0.0, **options).choose(logits_V) == (fifth if is_early else first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0, "top_k": 1}, {"top_p": 1e-9, "temperature": 100.0}], ids=str
+)
+@pytest.mark.parametrize("scale", [0.01, 3.0])
+def test_one_candidate_is_the_greedy_choice(options: dict[str, Any], dtype: torch.dtype, scale: float) -> None:
+    for seed, size in enumerate([1, 2, SMALL, 700, 3000, LARGE]):
+        logits_V = random_logits(size, seed=seed, scale=scale).to(dtype)
+        logits_V[size // 3 :: 7] = logits_V.max()  # of equals, the first is the greedy choice
+        for number in range(3):
+            assert new(seed=number, **options).choose(logits_V) == int(logits_V.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-308, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
+def test_the_smallest_temperatures_are_greedy(temperature: float, options: dict[str, Any]) -> None:
+    logits_V = torch.arange(2000.0).roll(77) - 1000
+    for seed in range(5):
+        assert new(temperature=temperature, seed=seed, **options).choose(logits_V) == 76
+
+
+def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
+    logits_V = torch.zeros(LARGE)
+    assert set(shares(new(top_k=4), logits_V, num=20).nonzero().flatten().tolist()) == {0, 1, 2, 3}
+    logits_V[1000:2000] = 5.0
+    sampler = new(top_k=10, temperature=0.5)
+    assert shares(sampler, logits_V, num=40).nonzero().flatten().tolist() == list(range(1000, 1010))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 40, "repetition_penalty": 1.3}, {"min_p": 0.05}], ids=str)
+def test_half_precision_logits_are_drawn_from_with_more_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    halves_V = random_logits(LARGE, seed=8).to(dtype)
+    for seed in range(20):
+        sampler = new([1, 2, 3], seed=seed, **options)
+        assert sampler.choose(halves_V) == sampler.choose(halves_V.float())
+    small_V = random_logits(SMALL, seed=8).to(dtype)
+    assert_draws_follow(small_V.double().softmax(dim=-1), new(), small_V)
+
+
+def draws(logits_V: torch.Tensor, *, seed: int, num: int, **options: Any) -> list[int]:
+    """A sequence of its own: the same logits each time."""
+    sampler = new(seed=seed, **options)
+    for _ in range(num):
+        sampler.push(sampler.choose(logits_V))
+    return sampler.token_ids[sampler.num_prompt :]
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
+    logits_V = random_logits(SMALL, seed=9)
+    for options in ({}, {"top_p": 0.9}, {"top_k": 20}):
+        of_seeds = [tuple(draws(logits_V, seed=seed, num=30, **options)) for seed in (0, 1, 2, 2**32, 2**63 - 1)]
+        again = [tuple(draws(logits_V, seed=seed, num=30, **options)) for seed in (0, 1, 2, 2**32, 2**63 - 1)]
+        assert of_seeds == again
+        assert len(set(of_seeds)) == len(of_seeds)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9999}], ids=str)
+def test_draws_are_even_over_seeds_over_positions_and_over_pairs_of_positions(options: dict[str, Any]) -> None:
+    logits_V = torch.zeros(8)
+    over_seeds = [new(seed=seed, **options).choose(logits_V) for seed in range(4000)]
+    over_positions = draws(logits_V, seed=5, num=4000, **options)
+    neighbours = [8 * first + second for first, second in zip(over_positions[::2], over_positions[1::2], strict=True)]
+    for drawn, num_cells in ((over_seeds, 8), (over_positions, 8), (neighbours, 64)):
+        expected = len(drawn) / num_cells
+        chi_square = sum((drawn.count(cell) - expected) ** 2 / expected for cell in range(num_cells))
+        mean, deviation = num_cells - 1, (2 * (num_cells - 1)) ** 0.5
+        assert abs(chi_square - mean) < 5 * deviation
+
+
+def test_a_draw_depends_on_the_seed_and_the_number_of_generated_tokens_but_not_on_which_they_were() -> None:
+    logits_V = random_logits(SMALL, seed=10)
+    for num_generated in range(20):
+        one = new([1], [2] * num_generated, seed=3).choose(logits_V)
+        other = new([9, 8, 7, 6], list(range(num_generated)), seed=3).choose(logits_V)
+        assert one == other
+    assert len({new([1], [2] * num_generated, seed=3).choose(logits_V) for num_generated in range(20)}) > 3
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"seed": 1},
+    {"seed": 1, "top_p": 0.8},
+    {"seed": 2, "top_k": 5, "logprobs": 3},
+    {"seed": 3, "min_p": 0.1, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "logprobs": 0},
+    {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": {3: 2.0}},
+    {"seed": 4, "frequency_penalty": 0.3, "min_tokens": 9},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("size", [SMALL, 5000])
+def test_neighbours_in_the_batch_and_the_order_of_rows_change_nothing(dtype: torch.dtype, size: int) -> None:
+    logits_RV = random_logits(len(MIXED) * size, seed=11).view(len(MIXED), size).to(dtype)
+    before_RV = logits_RV.clone()
+
+    def sampled(rows: list[int]) -> Sampled:
+        return sample(logits_RV[rows], [new([row], [5, 6, 5], ends=[2], **MIXED[row]) for row in rows])
+
+    alone = [sampled([row]) for row in range(len(MIXED))]
+    for seed in range(4):
+        rows = random.Random(seed).sample(range(len(MIXED)), len(MIXED))
+        together = sampled(rows)
+        assert together.token_ids == tuple(alone[row].token_ids[0] for row in rows)
+        assert together.logprobs == tuple((alone[row].logprobs or (None,))[0] for row in rows)
+    assert torch.equal(logits_RV, before_RV)
+
+
+def test_greedy_rows_are_the_likeliest_tokens_and_of_equals_the_first() -> None:
+    logits_RV = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, -1.0, 3.0, 3.0]])
+    for dtype in (torch.float32, *HALVES):
+        assert sample(logits_RV.to(dtype), [new(temperature=0.0)] * 2) == Sampled((1, 0))
+        assert sample(logits_RV.to(dtype), [new(temperature=0.0, logprobs=0)] * 2).token_ids == (1, 0)
+
+
+def test_no_sequences_give_no_tokens() -> None:
+    assert sample(torch.empty(0, SMALL), []) == Sampled(())
+
+
+def test_logprobs_are_given_to_those_that_ask_and_are_the_models_own() -> None:
+    """Neither temperature nor penalties nor limits show in them."""
+    logits_RV = random_logits(4 * SMALL, seed=12).view(4, SMALL)
+    options: list[dict[str, Any]] = [
+        {"temperature": 3.0, "top_k": 5, "seed": 1, "logprobs": 2},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logit_bias": {9: 100.0}, "logprobs": 0},
+        {"temperature": 0.0, "logprobs": 5},
+    ]
+    sampled = sample(logits_RV, [new(**one) for one in options])
+    assert sampled.logprobs[1] is None
+    assert sampled.token_ids[2] == 9
+    for row, num_top in ((0, 2), (2, 0), (3, 5)):
+        scored = sampled.logprobs[row]
+        assert (scored,) == score(logits_RV[row : row + 1], [sampled.token_ids[row]], num_top)
+    assert sample(logits_RV, [new(), new(), new(), new()]).logprobs == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("num_top", [0, 1, 20])
+def test_scores_are_log_softmax_ranks_and_the_likeliest_alternatives(dtype: torch.dtype, num_top: int) -> None:
+    logits_RV = random_logits(5 * SMALL, seed=13).view(5, SMALL).to(dtype)
+    expected_RV = logits_RV.double().log_softmax(dim=-1)
+    token_ids = [int(logits_RV[0].argmax()), int(logits_RV[1].argmin()), 0, SMALL - 1, 7]
+    scored = score(logits_RV, token_ids, num_top)
+    assert [one.token_id for one in scored] == token_ids
+    assert scored[0].rank == 1
+    assert scored[1].rank == SMALL
+    for one, expected_V in zip(scored, expected_RV, strict=True):
+        assert one.logprob == pytest.approx(float(expected_V[one.token_id]), abs=1e-5)
+        assert one.rank == 1 + sum(value > expected_V[one.token_id] for value in expected_V)
+        top_logprobs = [alternative.logprob for alternative in one.top]
+        assert top_logprobs == pytest.approx(expected_V.sort(descending=True).values[:num_top].tolist(), abs=1e-5)
+        assert len({alternative.token_id for alternative in one.top}) == num_top
+        for alternative in one.top:
+            assert alternative.logprob == pytest.approx(float(expected_V[alternative.token_id]), abs=1e-5)
+
+
+def test_no_more_alternatives_are_given_than_there_are_tokens() -> None:
+    (scored,) = score(torch.tensor([[1.0, 3.0, 2.0]]), [0], 20)
+    assert [alternative.token_id for alternative in scored.top] == [1, 2, 0]
+    assert scored.rank == 3
+
+
+def test_only_a_sampler_that_asks_for_nothing_is_plain() -> None:
+    assert new(temperature=0.0).is_plain
+    for options in ({"temperature": 0.5}, {"logprobs": 0}, {"min_tokens": 1}, {"logit_bias": {1: 1.0}}):
+        assert not new(**({"temperature": 0.0} | options)).is_plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
-from asyncpipe_coordinator.text import StopStrings, TextCodec
+from asyncpipe_coordinator.text import ByteDetokenizer, ContextDetokenizer, StopStrings, TextCodec
 from tests.checkpoints import save_tokenizer
 
 
@@ -95,3 +96,21 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stops = StopStrings(["END"])
     assert [stops.push(text) for text in ("one E", "N", "ough EN", "D two")] == ["one ", "", "ENough ", ""]
     assert stops.found
+
+
+def test_byte_level_texts_are_put_together_as_the_tokenizer_does(codec: TextCodec) -> None:
+    """Any tokens in any order: special ones, halves of characters, bytes that are no text."""
+    rng = random.Random(5)
+    assert isinstance(codec.detokenizer(), ByteDetokenizer)
+    for _ in range(300):
+        token_ids = [rng.randrange(330) for _ in range(rng.randrange(1, 40))]  # some are not in the vocabulary
+        detokenizer = codec.detokenizer()
+        pieces = [detokenizer.push(token_id) for token_id in token_ids]
+        assert "".join(pieces) + detokenizer.flush() == codec.decode(token_ids)
+
+
+def test_other_tokenizers_are_decoded_behind_their_context(codec: TextCodec) -> None:
+    token_ids = codec.encode("naïve café ☃ to be")[1:]
+    detokenizer = ContextDetokenizer(codec)
+    pieces = [detokenizer.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) + detokenizer.flush() == codec.decode(token_ids)

@@ -62,7 +62,8 @@ class Sampler:
         scores_V = self._changed(logits_V.float()) if self._changes_logits else logits_V
         if self.sampling.temperature == 0:
             return int(scores_V.argmax())
-        return self._draw(scores_V.double() / self.sampling.temperature)
+        scaled_V = scores_V.to(torch.float64, copy=True)
+        return self._draw(scaled_V.sub_(scaled_V.max()).div_(self.sampling.temperature))
 
     def _changed(self, logits_V: torch.Tensor) -> torch.Tensor:
         """Penalties, then the bias, then what may not come yet."""
@@ -83,29 +84,32 @@ class Sampler:
         return scores_V
 
     def _draw(self, scaled_V: torch.Tensor) -> int:
-        options = self.sampling
-        uniform = self._uniform()
+        """`scaled_V` are (logits - the greatest) / temperature: in this order, no temperature is too small to divide by."""
+        options, uniform = self.sampling, self._uniform()
         if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
-            return _pick(scaled_V.softmax(dim=-1), uniform)
-        probabilities, order = self._likely(scaled_V)
-        keep = probabilities.cumsum(dim=-1) - probabilities < options.top_p
-        keep &= probabilities >= options.min_p * probabilities[0]
-        keep[0] = True
-        return int(order[_pick(probabilities * keep, uniform)])
+            return _pick(scaled_V.exp(), uniform)
+        weights, order, total = self._likely(scaled_V)
+        keep = (weights.cumsum(dim=-1) - weights < options.top_p * total) & (weights >= options.min_p)
+        return int(order[_pick(weights * keep, uniform)])
 
-    def _likely(self, scaled_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities of the likeliest tokens, sorted, and their ids: `top_k` of them, or enough for `top_p` and `min_p`."""
-        options, size = self.sampling, len(scaled_V)
+    def _likely(self, scaled_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The likeliest tokens' weights, sorted (the first is 1), their ids, and what all that `top_p` is a part of weigh.
+
+        There are `top_k` of them, or enough for `top_p` and `min_p`.
+        """
+        options = self.sampling
         if options.top_k:
-            values, order = scaled_V.topk(min(options.top_k, size))
-            return values.softmax(dim=-1), order
-        values, order = scaled_V.topk(min(LIKELY, size))
-        probabilities = (values - scaled_V.logsumexp(dim=-1)).exp()
-        is_enough = float(probabilities.sum()) >= options.top_p and options.top_p < 1.0
-        if len(values) == size or is_enough or float(probabilities[-1]) < options.min_p * float(probabilities[0]):
-            return probabilities, order
-        values, order = scaled_V.sort(descending=True, stable=True)
-        return values.softmax(dim=-1), order
+            order = _greatest(scaled_V, options.top_k)
+            weights = scaled_V[order].exp()
+            return weights, order, float(weights.sum())
+        total = float(scaled_V.exp().sum())
+        order = _greatest(scaled_V, LIKELY)
+        weights = scaled_V[order].exp()
+        is_enough = options.top_p < 1.0 and float(weights.sum()) >= options.top_p * total
+        if not is_enough and float(weights[-1]) >= options.min_p:
+            order = _greatest(scaled_V, len(scaled_V))
+            weights = scaled_V[order].exp()
+        return weights, order, total
 
     def _uniform(self) -> float:
         """In [0, 1), from the seed and the number of tokens drawn before."""
@@ -143,7 +147,7 @@ def score(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tu
     logprobs_RV = logits_RV.float().log_softmax(dim=-1)
     chosen_R = logprobs_RV[torch.arange(len(token_ids)), _indices(token_ids, logprobs_RV)]
     ranks = ((logprobs_RV > chosen_R[:, None]).sum(dim=-1) + 1).tolist()
-    values, order = logprobs_RV.topk(num_top, dim=-1)
+    values, order = logprobs_RV.topk(min(num_top, logprobs_RV.shape[-1]), dim=-1)
     tops = [tuple(map(Alternative, ids, scores)) for ids, scores in zip(order.tolist(), values.tolist(), strict=True)]
     return tuple(map(TokenLogprobs, token_ids, chosen_R.tolist(), ranks, tops))
 
@@ -152,7 +156,16 @@ def _pick(weights: torch.Tensor, uniform: float) -> int:
     """The index at which the running sum of `weights` passes `uniform` of their total."""
     cumulative = weights.cumsum(dim=-1)
     index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return min(index, int(weights.nonzero()[-1]))
+    return min(index, len(weights) - 1)
+
+
+def _greatest(scaled_V: torch.Tensor, num: int) -> torch.Tensor:
+    """Indices of the `num` greatest of numbers up to zero, in order; of equals the first is the first, as for argmax."""
+    if num >= len(scaled_V):
+        # The bits of positive floats are in their order, and integers are sorted ten times as fast.
+        return scaled_V.abs().float().view(torch.int32).sort(stable=True).indices
+    candidates = (scaled_V >= scaled_V.topk(num).values[-1]).nonzero()[:, 0]
+    return candidates[scaled_V[candidates].sort(descending=True, stable=True).indices[:num]]
 
 
 def _indices(values: object, like: torch.Tensor) -> torch.Tensor:

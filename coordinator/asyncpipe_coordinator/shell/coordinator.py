@@ -11,7 +11,7 @@ from typing import Any, ClassVar, assert_never
 import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
-from asyncpipe.errors import AsyncPipeError, Busy, Invalid, StageLost, WireError, from_data, to_data
+from asyncpipe.errors import AsyncPipeError, Invalid, StageLost, WireError, from_data, to_data
 from asyncpipe.wire.messages import (
     Accepted,
     Cancel,
@@ -20,7 +20,6 @@ from asyncpipe.wire.messages import (
     Generate,
     Join,
     Message,
-    Piece,
     PromptScored,
     StageFailed,
     Step,
@@ -36,7 +35,7 @@ from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
 from asyncpipe_coordinator.shell.outbox import Outbox, SendFailed
 from asyncpipe_coordinator.shell.pool import WorkerPool
-from asyncpipe_coordinator.shell.requests import OpenChoice
+from asyncpipe_coordinator.shell.requests import OpenChoice, Recipient, Update
 from asyncpipe_coordinator.text import TextCodec
 
 COORDINATOR_ACTOR = "coordinator"
@@ -71,13 +70,12 @@ class InFlight:
     issued_at_s: float
 
 
-Update = Piece | PromptScored | Finished | Failed
 LocalMessage = PipelineUp | WorkerLost | Tick | SendFailed | Down
 AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
 
 
 class CoordinatorActor(Actor):
-    """Owns the machine; everything it knows about the outside is in `_pool`, `_open` and `_outboxes`."""
+    """Owns the machine; everything it knows about the outside is in `_pool`, `_open` and `_clients`."""
 
     receives: ClassVar[Any] = Generate | Cancel | WorkerToCoordinator
     mailbox_capacity: ClassVar[int] = 1024
@@ -100,9 +98,9 @@ class CoordinatorActor(Actor):
         self._is_up = False
         self._in_flight: dict[int, InFlight] = {}
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
-        self._updates: dict[ActorRef, list[Update]] = {}  # to be sent when the message at hand is dealt with
-        self._outboxes: dict[ActorRef, ActorRef] = {}
-        self._num_outboxes = 0
+        self._clients: dict[ActorRef, Recipient] = {}
+        self._with_updates: list[Recipient] = []  # to be sent to when the message at hand is dealt with
+        self._num_clients = 0
 
     # --- for the service, on the same loop ---
 
@@ -153,11 +151,9 @@ class CoordinatorActor(Actor):
         return None
 
     def _on_generate(self, message: Generate) -> Accepted:
-        client = self._sender()
         token_ids = self._prompt_tokens(message)
         key = self._unique(message.request_id)
-        if client not in self._outboxes:
-            self._add_client(client)
+        client = self._client(self._sender())
         sampling, now_s = message.sampling, time.monotonic()
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         for choice in range(sampling.n):
@@ -168,7 +164,7 @@ class CoordinatorActor(Actor):
             self._handle(
                 events.Submitted(
                     request_id=_choice_id(key, choice),
-                    client=client,
+                    client=client.ref,
                     prompt_token_ids=token_ids,
                     sampling=sampling if choice == 0 else msgspec.structs.replace(sampling, prompt_logprobs=None),
                     seed=(seed + choice * SEED_STEP) % 2**63,
@@ -199,7 +195,7 @@ class CoordinatorActor(Actor):
 
     def _on_cancel(self, client_request_id: str, client: ActorRef) -> None:
         for request_id, open_choice in list(self._open.items()):
-            if open_choice.client == client and open_choice.request_id == client_request_id:
+            if open_choice.client.ref == client and open_choice.request_id == client_request_id:
                 self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
     def _on_join(self, message: Join) -> Welcome:
@@ -248,7 +244,7 @@ class CoordinatorActor(Actor):
         stage = self._pool.stage_of(message.ref) if self._pool is not None else None
         if stage is not None and self._pool is not None:
             self._lose_pipeline(self._pool.lost(stage, message.error.message))
-        elif message.ref in self._outboxes:
+        elif message.ref in self._clients:
             self._drop_client(message.ref)
 
     def _lose_pipeline(self, error: AsyncPipeError) -> None:
@@ -262,37 +258,40 @@ class CoordinatorActor(Actor):
 
     # --- clients ---
 
-    def _add_client(self, client: ActorRef) -> None:
-        self._num_outboxes += 1
-        self._outboxes[client] = self.system.spawn(
-            lambda: Outbox(client, owner=self.ref, timeout_s=CLIENT_STALL_S), name=f"client-{self._num_outboxes}"
-        )
-        self.system.monitor(client, watcher=self.ref)
+    def _client(self, ref: ActorRef) -> Recipient:
+        if ref not in self._clients:
+            self._num_clients += 1
+            name = f"client-{self._num_clients}"
+            outbox = self.system.spawn(lambda: Outbox(ref, owner=self.ref, timeout_s=CLIENT_STALL_S), name=name)
+            self._clients[ref] = Recipient(ref, outbox)
+            self.system.monitor(ref, watcher=self.ref)
+        return self._clients[ref]
 
-    def _drop_client(self, client: ActorRef) -> None:
+    def _drop_client(self, ref: ActorRef) -> None:
         """Gone, or too slow: its requests end, nobody else's do."""
-        outbox = self._outboxes.pop(client, None)
-        if outbox is None:
+        client = self._clients.pop(ref, None)
+        if client is None:
             return
-        self.background(self.system.stop(outbox), name="stop outbox")
-        self._updates.pop(client, None)
-        for request_id in [r for r, request in self._open.items() if request.client == client]:
+        self.background(self.system.stop(client.outbox), name="stop outbox")
+        for request_id in [r for r, request in self._open.items() if request.client is client]:
             self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
+
+    def _update(self, client: Recipient, update: Update) -> None:
+        if not client.updates:
+            self._with_updates.append(client)
+        client.updates.append(update)
 
     def _send_updates(self) -> None:
         """One message a client for all that has happened to its requests."""
-        for client, updates in self._updates.items():
-            outbox = self._outboxes.get(client)
-            if outbox is None:
+        for client in self._with_updates:
+            updates, client.updates = client.updates, []
+            if client.ref not in self._clients:
                 continue
             try:
-                outbox.tell_nowait(Updates(updates=tuple(updates)))
-            except Busy:
-                self.ref.signal(SendFailed(client, Busy(f"{client} does not take its messages")))
-        self._updates.clear()
-
-    def _update(self, client: ActorRef, update: Update) -> None:
-        self._updates.setdefault(client, []).append(update)
+                client.outbox.tell_nowait(Updates(updates=tuple(updates)))
+            except AsyncPipeError as error:
+                self.ref.signal(SendFailed(client.ref, error))
+        self._with_updates.clear()
 
     # --- commands ---
 
@@ -363,7 +362,7 @@ class CoordinatorActor(Actor):
         if request is None:
             return
         self._update(request.client, Failed(request_id=request.request_id, error=command.error))
-        self._on_cancel(request.request_id, request.client)
+        self._on_cancel(request.request_id, request.client.ref)
 
     # --- small things ---
 

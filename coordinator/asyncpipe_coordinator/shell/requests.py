@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from asyncpipe.actors import ActorRef
-from asyncpipe.wire.messages import Piece, Sampling
+from asyncpipe.wire.messages import Failed, Finished, Piece, PromptScored, Sampling
 from asyncpipe_coordinator.core.commands import EmitToken
-from asyncpipe_coordinator.text import IncrementalDetokenizer, StopStrings, TextCodec
+from asyncpipe_coordinator.text import Detokenizer, StopStrings, TextCodec
+
+Update = Piece | PromptScored | Finished | Failed
+
+
+@dataclass(slots=True, eq=False)
+class Recipient:
+    """A client: where its updates go, and those that wait for the end of the message at hand."""
+
+    ref: ActorRef
+    outbox: ActorRef
+    updates: list[Update] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -16,14 +27,14 @@ class OpenChoice:
 
     request_id: str
     choice: int
-    client: ActorRef
-    detokenizer: IncrementalDetokenizer
+    client: Recipient
+    detokenizer: Detokenizer
     stops: StopStrings
     min_tokens: int
     stopped: bool = False  # a stop string was seen; what comes after it is not shown
 
     @classmethod
-    def create(cls, request_id: str, choice: int, *, client: ActorRef, codec: TextCodec, sampling: Sampling) -> OpenChoice:
+    def create(cls, request_id: str, choice: int, *, client: Recipient, codec: TextCodec, sampling: Sampling) -> OpenChoice:
         stops = StopStrings(sampling.stop)
         return cls(request_id, choice, client, codec.detokenizer(), stops, sampling.min_tokens)
 
