@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import time
@@ -128,6 +129,7 @@ class Service:
         )
         self._actor.expect(pool)
         await pool.start()
+        gc.freeze()  # what is here now stays: no collection need look at it again
         await self._ref.tell(PipelineUp(pool), timeout=LOCAL_TIMEOUT_S)
 
     async def _stop_pool(self) -> None:

@@ -396,7 +396,7 @@ def resident_bytes():
 
 def write(cache, slot, length):
     cache.reserve(slot, length)
-    kv_THK = torch.ones(length, shape.num_heads, shape.head_size)
+    kv_THK = ones_THK[:length]
     for layer in range(shape.num_layers):
         cache.write_span(layer, slot, 0, KeysValues(kv_THK, kv_THK))
         cache.read(layer, slot, length).keys_HCK.sum()
@@ -406,6 +406,7 @@ def shape_of(max_context_len, max_sequences):
                    max_sequences=max_sequences, block_tokens=16)
 
 torch.set_num_threads(1)
+ones_THK = torch.ones(1600, 8, 64)
 shape = shape_of(1600, 1)
 write(ArenaKV(shape, num_blocks=100), 0, 1600)  # whatever torch allocates once
 before = resident_bytes()
@@ -436,7 +437,7 @@ def test_hundreds_of_gigabytes_of_address_space_cost_what_is_written_to_them() -
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     address_space, block_bytes, at_first, with_100_blocks, most = map(int, done.stdout.split())
-    slack = 6 << 20
+    slack = 2 << 20
     assert address_space > 500e9
     assert at_first < slack
     assert 100 * block_bytes - slack < with_100_blocks < 100 * block_bytes + slack

@@ -74,7 +74,8 @@ def grow(books: Books, micro_batch: MicroBatch) -> None:
     This cannot go in circles: a sequence that comes back gets blocks for all its tokens and one more, so each return brings at
     least a token; and a sequence alone always fits.
     """
-    for member in list(micro_batch.members):
+    block_tokens = books.limits.kv_block_tokens
+    for member in [member for member in micro_batch.members if (member.length - 1) % block_tokens == 0]:
         while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.length):
             books.preempt(min(micro_batch.members, key=lambda m: (m.request.priority, -m.arrival)))
 

@@ -212,30 +212,27 @@ class Machine:
         self._measure(answered, tokens, at_s)
         emitted: list[Command] = self._on_prompt_logprobs(tokens)
         logprobs = tokens.logprobs or (None,) * len(tokens.token_ids)
+        limit = self.max_context_len
         for sequence, token_id, scores in zip(answered.sampled, tokens.token_ids, logprobs, strict=True):
             if sequence.state is not SequenceState.DONE:
-                emitted += self._on_token(sequence, token_id, scores, at_s)
+                emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
+                sequence.generated.append(token_id)
+                if sequence.first_token_at_s is None:
+                    sequence.first_token_at_s = at_s
+                if (reason := self._finish_reason(sequence, token_id, limit)) is not None:
+                    emitted += self._end(sequence.request.request_id, reason, at_s)
+        self._generated_tokens += sum(isinstance(command, EmitToken) for command in emitted)
         # The stages first: they work on the next step while clients get the tokens of this one.
         return self._issue_idle(at_s) + emitted
 
-    def _on_token(self, sequence: Sequence, token_id: int, scores: TokenLogprobs | None, at_s: float) -> list[Command]:
-        request = sequence.request
-        emit = EmitToken(request.request_id, len(sequence.generated), token_id, scores)
-        sequence.generated.append(token_id)
-        self._generated_tokens += 1
-        if sequence.first_token_at_s is None:
-            sequence.first_token_at_s = at_s
-        reason = self._finish_reason(sequence, token_id)
-        return [emit] if reason is None else [emit, *self._end(request.request_id, reason, at_s)]
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int, limit: int) -> FinishReason | None:
+        """`limit` is the longest that a sequence may be."""
         sampling, num_generated = sequence.request.sampling, len(sequence.generated)
-        if num_generated >= sampling.min_tokens:
-            if token_id in self.limits.eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
-        if num_generated == sampling.max_new_tokens or sequence.length >= self.max_context_len:
+        if token_id in self.limits.eos_token_ids and not sampling.ignore_eos and num_generated >= sampling.min_tokens:
+            return FinishReason.STOP
+        if sampling.stop_token_ids and token_id in sampling.stop_token_ids and num_generated >= sampling.min_tokens:
+            return FinishReason.STOP
+        if num_generated == sampling.max_new_tokens or len(sequence.request.prompt_token_ids) + num_generated >= limit:
             return FinishReason.LENGTH
         return None
 

@@ -262,8 +262,8 @@ class CoordinatorActor(Actor):
         if ref not in self._clients:
             self._num_clients += 1
             name = f"client-{self._num_clients}"
-            outbox = self.system.spawn(lambda: Outbox(ref, owner=self.ref, timeout_s=CLIENT_STALL_S), name=name)
-            self._clients[ref] = Recipient(ref, outbox)
+            outbox = Outbox(ref, owner=self.ref, timeout_s=CLIENT_STALL_S)
+            self._clients[ref] = Recipient(ref, outbox, self.system.spawn(lambda: outbox, name=name))
             self.system.monitor(ref, watcher=self.ref)
         return self._clients[ref]
 
@@ -272,7 +272,7 @@ class CoordinatorActor(Actor):
         client = self._clients.pop(ref, None)
         if client is None:
             return
-        self.background(self.system.stop(client.outbox), name="stop outbox")
+        self.background(self.system.stop(client.outbox_ref), name="stop outbox")
         for request_id in [r for r, request in self._open.items() if request.client is client]:
             self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
@@ -288,7 +288,7 @@ class CoordinatorActor(Actor):
             if client.ref not in self._clients:
                 continue
             try:
-                client.outbox.tell_nowait(Updates(updates=tuple(updates)))
+                client.outbox.post(Updates(updates=tuple(updates)), outbox=client.outbox_ref)
             except AsyncPipeError as error:
                 self.ref.signal(SendFailed(client.ref, error))
         self._with_updates.clear()
@@ -300,10 +300,10 @@ class CoordinatorActor(Actor):
         ending = {c.request_id for c in done if isinstance(c, commands.FinishRequest)}
         for command in done:
             match command:
-                case commands.IssueStep():
-                    self._issue(command.step)
                 case commands.EmitToken():
                     self._emit(command, is_last=command.request_id in ending)
+                case commands.IssueStep():
+                    self._issue(command.step)
                 case commands.EmitPromptLogprobs():
                     self._score(command)
                 case commands.FinishRequest():

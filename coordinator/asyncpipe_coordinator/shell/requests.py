@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from asyncpipe.actors import ActorRef
 from asyncpipe.wire.messages import Failed, Finished, Piece, PromptScored, Sampling
 from asyncpipe_coordinator.core.commands import EmitToken
+from asyncpipe_coordinator.shell.outbox import Outbox
 from asyncpipe_coordinator.text import Detokenizer, StopStrings, TextCodec
 
 Update = Piece | PromptScored | Finished | Failed
@@ -17,7 +18,8 @@ class Recipient:
     """A client: where its updates go, and those that wait for the end of the message at hand."""
 
     ref: ActorRef
-    outbox: ActorRef
+    outbox: Outbox
+    outbox_ref: ActorRef
     updates: list[Update] = field(default_factory=list)
 
 

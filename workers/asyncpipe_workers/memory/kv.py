@@ -11,6 +11,8 @@ Memory Management for Large Language Model Serving with PagedAttention").
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import mmap
 import sys
@@ -133,7 +135,10 @@ class ArenaKV:
         granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
         capacity = -(-shape.max_context_len // granule) * granule
         self._shape_SHCK = (shape.max_sequences, shape.num_heads, capacity, shape.head_size)
-        self._slot_bytes = math.prod(self._shape_SHCK[1:]) * shape.dtype.itemsize
+        self._block_tokens = shape.block_tokens
+        self._token_bytes = shape.head_size * shape.dtype.itemsize  # of one head
+        self._head_bytes = capacity * self._token_bytes
+        self._slot_bytes = shape.num_heads * self._head_bytes
         self._maps: list[mmap.mmap] = []
         self._keys = [self._new(shape.dtype) for _ in range(shape.num_layers)]
         self._values = [self._new(shape.dtype) for _ in range(shape.num_layers)]
@@ -174,20 +179,35 @@ class ArenaKV:
                 " use a smaller --max-sequences"
             ) from None
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would hold what nobody has counted
+            with contextlib.suppress(OSError):  # of a kernel that has no huge pages
+                memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would hold what nobody has counted
         self._maps.append(memory)
         return torch.frombuffer(memory, dtype=dtype).view(self._shape_SHCK)
 
     def _cool(self) -> None:
-        """Give the memory of free slots back, the longest unused first, until no more is held than there are blocks."""
-        for slot in self._slots.free:
+        """Give idle memory back until no more is held than there are blocks.
+
+        That of free slots goes first, the longest unused before others; then what a longer sequence left to a shorter one.
+        """
+        for slot in itertools.chain(self._slots.free, range(len(self._warm_blocks))):
             if self._num_warm <= self.num_blocks:
                 return
-            if self._warm_blocks[slot]:
-                for memory in self._maps:
-                    memory.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
-                self._num_warm -= self._warm_blocks[slot]
-                self._warm_blocks[slot] = 0
+            num_idle = self._warm_blocks[slot] - self._slots.blocks[slot]
+            if num_idle:
+                self._give_back(slot)
+                self._num_warm -= num_idle
+                self._warm_blocks[slot] -= num_idle
+
+    def _give_back(self, slot: int) -> None:
+        """All pages past the slot's blocks: a free slot's are in one piece, others are in one a head."""
+        used_pages = -(-self._slots.blocks[slot] * self._block_tokens * self._token_bytes // PAGE_BYTES)
+        used_bytes = used_pages * PAGE_BYTES
+        piece_bytes = self._head_bytes if used_bytes else self._slot_bytes
+        if used_bytes >= piece_bytes:
+            return
+        for memory in self._maps:
+            for start in range(slot * self._slot_bytes, (slot + 1) * self._slot_bytes, piece_bytes):
+                memory.madvise(mmap.MADV_DONTNEED, start + used_bytes, piece_bytes - used_bytes)
 
 
 class PagedKV:
