@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from asyncpipe.errors import AsyncPipeError, Busy, ErrorData, Invalid, Timeout, WireError, to_data
-from asyncpipe.wire.messages import Delta, FinishReason, Step, TokenLogprobs, Tokens
+from asyncpipe.wire.messages import Delta, FinishReason, Step, Tokens
 from asyncpipe_coordinator.core import continuous, static
 from asyncpipe_coordinator.core.blocks import BlockLedger
 from asyncpipe_coordinator.core.books import Books
