@@ -31,7 +31,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._token_bytes: dict[int, bytes] = {}
+        self._tokens = ByteTokens(self._look_up)
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
@@ -64,17 +64,11 @@ class TextCodec:
         from tokenizers.decoders import ByteLevel
 
         if isinstance(self._tokenizer.decoder, ByteLevel):
-            return ByteDetokenizer(self._bytes_of)
+            return ByteDetokenizer(self._tokens)
         return ContextDetokenizer(self)
 
-    def _bytes_of(self, token_id: int) -> bytes:
-        """What a byte-level token stands for; nothing for a special one."""
-        known = self._token_bytes.get(token_id)
-        if known is None:
-            known = self._token_bytes[token_id] = self._look_up(token_id)
-        return known
-
     def _look_up(self, token_id: int) -> bytes:
+        """What a byte-level token stands for; nothing for a special one."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special_ids:
             return b""
@@ -97,15 +91,36 @@ class Detokenizer(Protocol):
         ...
 
 
+class ByteTokens(dict[int, bytes | str]):
+    """What byte-level tokens stand for, looked up once: text where it is plain ASCII, as most is, else bytes."""
+
+    def __init__(self, look_up: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._look_up = look_up
+
+    def __missing__(self, token_id: int) -> bytes | str:
+        data = self._look_up(token_id)
+        found = self[token_id] = data.decode("ascii") if data.isascii() else data
+        return found
+
+
 class ByteDetokenizer:
     """For byte-level vocabularies, where a text is its tokens' bytes one after the other."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        self._bytes_of = bytes_of
+    def __init__(self, tokens: ByteTokens) -> None:
+        self._tokens = tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_within_character = False
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes_of(token_id))
+        piece = self._tokens[token_id]
+        if isinstance(piece, str):
+            if not self._is_within_character:
+                return piece
+            piece = piece.encode("ascii")
+        text = self._decoder.decode(piece)
+        self._is_within_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -146,6 +161,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self.is_active = bool(stops)
         self._held = ""
         self.found = False
 

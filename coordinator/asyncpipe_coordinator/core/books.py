@@ -55,9 +55,19 @@ class Books:
         if not self.ledger.reserve(sequence.number, num_tokens):
             return None
         self.waiting.pop()
+        sequence.most_generated = self._most_generated(sequence)
         sequence.move(SequenceState.PREFILLING)
         self.prefilling.append(sequence)
         return sequence
+
+    @property
+    def max_context_len(self) -> int:
+        """Of the model, or what fits into the KV memory when that is less."""
+        return min(self.limits.max_context_len, self.ledger.max_tokens)
+
+    def _most_generated(self, sequence: Sequence) -> int:
+        room, wanted = self.max_context_len - len(sequence.request.prompt_token_ids), sequence.request.sampling.max_new_tokens
+        return room if wanted is None else min(wanted, room)
 
     def forget(self, sequence: Sequence) -> None:
         """It ends: out of wherever it is. Its blocks are free at once, for the stages hear of it before any later step."""

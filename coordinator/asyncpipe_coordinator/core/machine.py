@@ -111,8 +111,7 @@ class Machine:
     @property
     def max_context_len(self) -> int:
         """Of the model, or what fits into the KV memory when that is less."""
-        limit = self.limits.max_context_len
-        return limit if self._epoch is None else min(limit, self._books.ledger.max_tokens)
+        return self.limits.max_context_len if self._epoch is None else self._books.max_context_len
 
     # --- requests ---
 
@@ -120,7 +119,10 @@ class Machine:
         if (refusal := self._refusal(request)) is not None:
             self._failed += 1
             return [FailRequest(request.request_id, refusal)]
-        sequence = Sequence(self._arrivals, self._books.number(), request)
+        ends = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            ends |= self.limits.eos_token_ids
+        sequence = Sequence(self._arrivals, self._books.number(), request, may_end_with=ends)
         self._arrivals += 1
         self._open[request.request_id] = sequence
         self._books.waiting.push(sequence)
@@ -212,29 +214,26 @@ class Machine:
         self._measure(answered, tokens, at_s)
         emitted: list[Command] = self._on_prompt_logprobs(tokens)
         logprobs = tokens.logprobs or (None,) * len(tokens.token_ids)
-        limit = self.max_context_len
         for sequence, token_id, scores in zip(answered.sampled, tokens.token_ids, logprobs, strict=True):
-            if sequence.state is not SequenceState.DONE:
-                emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
-                sequence.generated.append(token_id)
-                if sequence.first_token_at_s is None:
-                    sequence.first_token_at_s = at_s
-                if (reason := self._finish_reason(sequence, token_id, limit)) is not None:
-                    emitted += self._end(sequence.request.request_id, reason, at_s)
-        self._generated_tokens += sum(isinstance(command, EmitToken) for command in emitted)
+            if sequence.state is SequenceState.DONE:
+                continue
+            emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
+            sequence.generated.append(token_id)
+            self._generated_tokens += 1
+            if sequence.first_token_at_s is None:
+                sequence.first_token_at_s = at_s
+            if token_id in sequence.may_end_with or len(sequence.generated) >= sequence.most_generated:
+                emitted += self._end_if_due(sequence, token_id, at_s)
         # The stages first: they work on the next step while clients get the tokens of this one.
         return self._issue_idle(at_s) + emitted
 
-    def _finish_reason(self, sequence: Sequence, token_id: int, limit: int) -> FinishReason | None:
-        """`limit` is the longest that a sequence may be."""
-        sampling, num_generated = sequence.request.sampling, len(sequence.generated)
-        if token_id in self.limits.eos_token_ids and not sampling.ignore_eos and num_generated >= sampling.min_tokens:
-            return FinishReason.STOP
-        if sampling.stop_token_ids and token_id in sampling.stop_token_ids and num_generated >= sampling.min_tokens:
-            return FinishReason.STOP
-        if num_generated == sampling.max_new_tokens or len(sequence.request.prompt_token_ids) + num_generated >= limit:
-            return FinishReason.LENGTH
-        return None
+    def _end_if_due(self, sequence: Sequence, token_id: int, at_s: float) -> list[Command]:
+        num_generated, request = len(sequence.generated), sequence.request
+        if token_id in sequence.may_end_with and num_generated >= request.sampling.min_tokens:
+            return self._end(request.request_id, FinishReason.STOP, at_s)
+        if num_generated >= sequence.most_generated:
+            return self._end(request.request_id, FinishReason.LENGTH, at_s)
+        return []
 
     def _on_prompt_logprobs(self, tokens: Tokens) -> list[Command]:
         if not tokens.prompt_logprobs:

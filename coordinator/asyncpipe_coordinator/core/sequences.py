@@ -40,6 +40,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     first_token_at_s: float | None = None
     was_scored: bool = False  # its prompt has been computed to the end before
+    may_end_with: frozenset[int] = frozenset()  # tokens that end it, unless it is too short yet
+    most_generated: int = 0  # so many, and it is at its end
 
     def move(self, to: SequenceState) -> None:
         """Raises RuntimeError with the story for a move that cannot be."""

@@ -43,7 +43,7 @@ class OpenChoice:
     def piece(self, token: EmitToken, *, is_last: bool) -> Piece:
         """The message for one token; the last one carries all text that was held back."""
         text = self.detokenizer.push(token.token_id)
-        if token.index + 1 > self.min_tokens:
+        if self.stops.is_active and token.index >= self.min_tokens:
             text = self.stops.push(text)
         if is_last and not self.stops.found:
             text += self.rest()
