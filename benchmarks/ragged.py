@@ -3,9 +3,10 @@
     python benchmarks/ragged.py
     python benchmarks/ragged.py --quick --json
 
-64 requests with prompts of 4 to 400 tokens and outputs of 1 to 200, all at once, on a random OPT. `ratio_static` is useful
-tokens per second (generated, padding not counted) of two one-thread stages over the same with `--static`; `two_stage_ratio` is
-two one-thread stages over one process with two threads and the same number of sequences in flight.
+64 requests with prompts of 4 to 400 tokens and outputs of 1 to 200, all at once, on a random OPT. Rates are useful tokens per
+second: generated ones, padding not counted. `ratio_static` is two one-thread stages over the same with `--static`, both with
+`--max-sequences 8`, so that requests wait for a place. `two_stage_ratio` is two one-thread stages with their defaults (two
+micro-batches of 32) over one process with two threads and all 64 sequences in one batch, which is the best for it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,22 @@ from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.service import Service
 
-SEQUENCES = 16  # in flight: in two micro-batches on two stages, in one on one
+
+class System(NamedTuple):
+    """What is compared. All of them use two threads in total."""
+
+    stages: int
+    max_sequences: int
+    schedule: Schedule = Schedule.CONTINUOUS
+    micro_batches: int | None = None
+
+
+SYSTEMS = {
+    "two_stages": System(stages=2, max_sequences=32),
+    "one_process": System(stages=1, max_sequences=64, micro_batches=1),
+    "continuous": System(stages=2, max_sequences=8),
+    "static": System(stages=2, max_sequences=8, schedule=Schedule.STATIC),
+}
 
 
 class Request(NamedTuple):
@@ -53,16 +69,16 @@ def ragged_load(count: int, *, vocab_size: int, scale: float) -> list[Request]:
 
 
 @asynccontextmanager
-async def serving(path: Path, *, stages: int, schedule: Schedule, micro_batches: int | None) -> AsyncIterator[Client]:
+async def serving(path: Path, system: System) -> AsyncIterator[Client]:
     config = ServiceConfig(
         checkpoint=path,
-        num_stages=stages,
-        threads_per_stage=2 // stages,
-        num_micro_batches=micro_batches,
-        max_sequences=SEQUENCES // stages,
-        schedule=schedule,
+        num_stages=system.stages,
+        threads_per_stage=2 // system.stages,
+        num_micro_batches=system.micro_batches,
+        max_sequences=system.max_sequences,
+        schedule=system.schedule,
     )
-    async with Service.open(config) as service, connect(await service.listen(f"memory://{stages}{schedule}")) as client:
+    async with Service.open(config) as service, connect(await service.listen(f"memory://{id(system)}")) as client:
         yield client
 
 
@@ -76,27 +92,21 @@ async def tokens_per_s(client: Client, load: list[Request]) -> float:
 
 async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     vocab_size = make_model(path, quick=arguments.quick)
-    load = ragged_load(64, vocab_size=vocab_size, scale=0.5 if arguments.quick else 1.0)
+    load = ragged_load(64, vocab_size=vocab_size, scale=0.2 if arguments.quick else 1.0)
     repeats = arguments.repeats or (2 if arguments.quick else 5)
-    names = ("continuous", "static", "one_process")
-    rates: dict[str, list[float]] = {name: [] for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
     async with AsyncExitStack() as stack:
-        continuous, static = Schedule.CONTINUOUS, Schedule.STATIC
-        clients = {
-            "continuous": await stack.enter_async_context(serving(path, stages=2, schedule=continuous, micro_batches=None)),
-            "static": await stack.enter_async_context(serving(path, stages=2, schedule=static, micro_batches=2)),
-            "one_process": await stack.enter_async_context(serving(path, stages=1, schedule=continuous, micro_batches=1)),
-        }
-        for name in names:  # warm up
-            await tokens_per_s(clients[name], load[:8])
+        clients = {name: await stack.enter_async_context(serving(path, system)) for name, system in SYSTEMS.items()}
+        for client in clients.values():  # warm up
+            await tokens_per_s(client, load[:8])
         for _ in tqdm(range(repeats), unit="round", disable=None):
-            for name in names:
-                rates[name].append(await tokens_per_s(clients[name], load))
-        micro_batches = (await clients["continuous"].status()).pipeline.num_micro_batches
+            for name, client in clients.items():
+                rates[name].append(await tokens_per_s(client, load))
+        micro_batches = (await clients["two_stages"].status()).pipeline.num_micro_batches
     return {
-        **{f"{name}_tokens_per_s": round(statistics.median(rates[name]), 1) for name in names},
+        **{f"{name}_tokens_per_s": round(statistics.median(found), 1) for name, found in rates.items()},
         "ratio_static": median_ratio(rates["continuous"], rates["static"]),
-        "two_stage_ratio": median_ratio(rates["continuous"], rates["one_process"]),
+        "two_stage_ratio": median_ratio(rates["two_stages"], rates["one_process"]),
         "micro_batches": micro_batches,
         "requests": len(load),
         "useful_tokens": sum(request.new_tokens for request in load),
@@ -112,7 +122,7 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, help="rounds (default: 5, quick: 2)")
-    parser.add_argument("--quick", action="store_true", help="a smaller model, all lengths halved: under 60 s")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, all lengths a fifth: under 60 s")
     parser.add_argument("--json", action="store_true", help="print the medians and the ratios as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

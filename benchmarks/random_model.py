@@ -14,7 +14,7 @@ def make_model(directory: Path, *, quick: bool) -> int:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    hidden, layers, vocab = (512, 8, 8192) if quick else (768, 12, 50272)
+    hidden, layers, vocab = (384, 12, 4096) if quick else (768, 12, 8192)
     config = OPTConfig(
         vocab_size=vocab,
         hidden_size=hidden,

@@ -211,7 +211,6 @@ def refused(model: Model, action: Callable[[], object]) -> None:
 def test_what_is_refused_changes_nothing(make_cache: MakeCache) -> None:
     model = new_model(make_cache, max_sequences=3, num_blocks=12)
     first, second = model.open(100), model.open(33)  # 7 and 3 blocks: 2 are left
-    refused(model, lambda: model.cache.reserve(first, 161))
     refused(model, lambda: model.cache.reserve(second, 5 * 16 + 1))
     third = model.open()
     refused(model, model.cache.open)
@@ -222,6 +221,14 @@ def test_what_is_refused_changes_nothing(make_cache: MakeCache) -> None:
     model.close(third)
     model.reserve(second, 80)
     assert model.num_free == 0
+
+
+@both
+@pytest.mark.parametrize("max_context_len", [159, 160, 161])
+def test_a_sequence_longer_than_the_context_is_refused(make_cache: MakeCache, max_context_len: int) -> None:
+    model = new_model(make_cache, max_context_len=max_context_len)
+    slot = model.open(max_context_len)
+    refused(model, lambda: model.cache.reserve(slot, max_context_len + 1))
 
 
 @both
@@ -369,11 +376,33 @@ def test_memory_of_closed_sequences_is_kept_until_others_need_it() -> None:
 
 
 @needs_pagemap
+def test_the_longest_unused_memory_is_given_back_first() -> None:
+    model = new_model(arena, num_blocks=12)
+    first, second, third = model.open(80), model.open(48), model.open(16)
+    model.close(first)
+    model.close(second)
+    model.reserve(third, 80)
+    assert resident_bytes(model) == (3 + 1) * model.shape.block_bytes
+    model.check()
+
+
+@needs_pagemap
+def test_memory_of_free_slots_is_given_back_before_that_of_slots_in_use() -> None:
+    model = new_model(arena, num_blocks=12)
+    model.close(model.open(112))
+    _, free, grows = model.open(32), model.open(48), model.open(16)
+    model.close(free)
+    model.reserve(grows, 48)
+    assert resident_bytes(model) == (7 + 1) * model.shape.block_bytes
+    model.check()
+
+
+@needs_pagemap
 @pytest.mark.parametrize("head_size", [42, 64])
 def test_what_a_long_sequence_leaves_to_a_short_one_goes_to_others(head_size: int) -> None:
     model = new_model(arena, num_blocks=12, max_sequences=2, head_size=head_size)
     model.close(model.open(160))
-    short = model.open(20)
+    short = model.open(30)
     model.open(160)
     assert model.num_used == 12
     assert resident_bytes(model) <= 12 * model.shape.block_bytes
@@ -381,7 +410,7 @@ def test_what_a_long_sequence_leaves_to_a_short_one_goes_to_others(head_size: in
     model.close(1 - short)
     model.reserve(short, 150)
     for layer in range(model.shape.num_layers):
-        model.write_span(layer, short, 20, 150)
+        model.write_span(layer, short, 30, 150)
     assert resident_bytes(model) <= 12 * model.shape.block_bytes
     model.check()
 

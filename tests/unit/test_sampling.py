@@ -230,10 +230,10 @@ def test_the_repetition_penalty_comes_before_what_is_added() -> None:
 def test_no_end_comes_before_min_tokens(num_generated: int) -> None:
     logits_V = random_logits(SMALL, seed=4)
     first, second, third, fourth, fifth = logits_V.topk(5).indices.tolist()
-    options: dict[str, Any] = {"ends": [first, third], "min_tokens": 3, "stop_token_ids": (second, fourth, SMALL + 3)}
+    options: dict[str, Any] = {"ends": [first, third], "min_tokens": 3, "stop_token_ids": (0, second, fourth, SMALL + 3)}
     is_early = num_generated < 3
     prompt, generated = [7] * 5, [8] * num_generated
-    banned = {token_id: -float("inf") for token_id in (first, second, third, fourth) if is_early}
+    banned = {token_id: -float("inf") for token_id in (0, first, second, third, fourth) if is_early}
     assert_draws_follow(changed(logits_V, banned), new(prompt, generated, **options), logits_V)
     assert new(prompt, generated, temperature=0.0, **options).choose(logits_V) == (fifth if is_early else first)
 
@@ -265,6 +265,15 @@ def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
     logits_V[1000:2000] = 5.0
     sampler = new(top_k=10, temperature=0.5)
     assert shares(sampler, logits_V, num=40).nonzero().flatten().tolist() == list(range(1000, 1010))
+
+
+def test_a_number_on_a_bound_belongs_to_what_comes_after_it() -> None:
+    logits_V = torch.zeros(4)
+    sampler = new()
+    for sampler.uniform, token_id in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
+        assert sampler.choose(logits_V) == token_id
+    assert shares(new(top_p=0.5), logits_V).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert shares(new(top_p=0.51), logits_V, num=300).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -329,7 +338,7 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [SMALL, 5000])
 def test_neighbours_in_the_batch_and_the_order_of_rows_change_nothing(dtype: torch.dtype, size: int) -> None:
     logits_RV = random_logits(len(MIXED) * size, seed=11).view(len(MIXED), size).to(dtype)
