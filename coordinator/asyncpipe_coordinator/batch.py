@@ -17,7 +17,8 @@ from tqdm import tqdm
 from asyncpipe.client import Client, Generation, connect
 from asyncpipe.client.sampling import make_sampling
 from asyncpipe.errors import AsyncPipeError, Busy, Invalid, StageLost, Timeout
-from asyncpipe_coordinator.batch_files import InputLine, Reorder, ResultWriter, count_lines, read_lines
+from asyncpipe_coordinator.batch_files import ResultWriter
+from asyncpipe_coordinator.batch_input import InputLine, count_lines, read_lines
 from asyncpipe_coordinator.batch_lines import (
     BatchRequest,
     LineFormat,
@@ -26,6 +27,7 @@ from asyncpipe_coordinator.batch_lines import (
     parse_line,
     plain_result,
 )
+from asyncpipe_coordinator.batch_order import Reorder
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.generate import open_service
 from asyncpipe_coordinator.options import sampling_options

@@ -1,4 +1,4 @@
-"""The files of a batch: the input, read line by line, and the results, written so that a killed run can be continued.
+"""The results of a batch, written so that a killed run can be continued.
 
 The contract: the process may be killed at any moment; run again with the same arguments until it ends, it leaves exactly one
 record for every input line that is not blank, either in the output file or in the errors file. It holds because
@@ -17,104 +17,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import os
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import msgspec
 
-from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, to_data
+from asyncpipe.errors import AsyncPipeError, Closed, Invalid, to_data
+from asyncpipe_coordinator.batch_input import BUFFER_BYTES, os_errors, reading
+from asyncpipe_coordinator.batch_order import LineSet
 
-MAX_LINE_BYTES = 64 * 2**20
 SYNC_PERIOD_S = 5.0
 ERRORS_SUFFIX = ".errors.jsonl"
 PROGRESS_SUFFIX = ".progress.json"
 
-_BUFFER_BYTES = 2**20
 _HASHED_BYTES = 2**20
-_BLANKS = b" \t\r\v\f"
 _AFRESH = "choose another --output, or --overwrite to start afresh"
-
-T = TypeVar("T")
-
-
-# --- the input --------------------------------------------------------------------------------------------------------
-
-
-class InputLine(NamedTuple):
-    """A line without its newline, or why it cannot be one: exactly one of `data` and `error` is None."""
-
-    number: int  # from 1
-    data: bytes | None
-    error: Invalid | None
-
-
-def count_lines(path: Path) -> int:
-    """How many lines `read_lines` gives: blank ones do not count. Raises Invalid when `path` cannot be read."""
-    num_lines = 0
-    within_line = False  # at the end of the chunk before
-    with _reading(path) as stream:
-        while chunk := stream.read(_BUFFER_BYTES):
-            chunk = chunk.translate(None, _BLANKS)
-            while b"\n\n" in chunk:
-                chunk = chunk.replace(b"\n\n", b"\n")
-            if not within_line:
-                chunk = chunk.removeprefix(b"\n")
-            num_lines += chunk.count(b"\n")
-            if chunk:
-                within_line = not chunk.endswith(b"\n")
-    return num_lines + within_line
-
-
-def read_lines(path: Path, start_line: int = 1, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[InputLine]:
-    """The lines of `path` from number `start_line`. Blank lines are left out, but have a number.
-
-    Raises Invalid when `path` cannot be read. A line above `max_line_bytes` is given as an error, and never held whole.
-    """
-    with _reading(path) as stream:
-        for number in itertools.count(1):
-            data = stream.readline(max_line_bytes + 1)
-            if not data:
-                return
-            too_long = len(data) > max_line_bytes and not data.endswith(b"\n")
-            if too_long:
-                _skip_line(stream)
-            if number < start_line:
-                continue
-            if too_long:
-                yield InputLine(number, None, Invalid(f"the line is longer than {max_line_bytes} bytes"))
-            elif not data.isspace():
-                yield InputLine(number, data.rstrip(b"\r\n"), None)
-
-
-def _skip_line(stream: BinaryIO) -> None:
-    while (rest := stream.readline(_BUFFER_BYTES)) and not rest.endswith(b"\n"):
-        pass
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
-    with _os_errors(f"cannot read {path}", Invalid):
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Invalid(f"cannot read {path}: it is not a regular file")
-        with path.open("rb", buffering=_BUFFER_BYTES) as stream:
-            yield stream
-
-
-@contextlib.contextmanager
-def _os_errors(what: str, error_type: type[AsyncPipeError], hint: str = "") -> Iterator[None]:
-    """Make the operating system's refusals one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise error_type(f"{what}: {error.strerror or error}{hint}") from None
-
 
 # --- which run the results belong to ----------------------------------------------------------------------------------
 
@@ -132,7 +54,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, input_path: Path, *, errors: Path, fingerprint: str) -> Progress:
         """Raises Invalid when the input cannot be read."""
-        with _reading(input_path) as stream:
+        with reading(input_path) as stream:
             status = os.fstat(stream.fileno())
             digest = hashlib.sha256(stream.read(_HASHED_BYTES)).hexdigest()
         return cls(
@@ -157,7 +79,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     def save(self, path: Path) -> None:
         """All of it or nothing, also when the machine stops."""
         partial = path.with_name(path.name + ".tmp")
-        with _os_errors(f"cannot write {path}", Invalid):
+        with os_errors(f"cannot write {path}", Invalid):
             with partial.open("wb") as stream:
                 stream.write(msgspec.json.encode(self) + b"\n")
                 stream.flush()
@@ -211,7 +133,7 @@ class ResultWriter:
         self._overwrite = overwrite
         self._clock = clock
         self._synced_at_s = clock()
-        self._done = _LineSet()
+        self._done = LineSet()
         self._num_errors = 0
 
     @property
@@ -354,7 +276,7 @@ class _AppendFile:
 
     def open(self) -> None:
         """Open or make it, and lock it. Raises Invalid; it is then not open."""
-        with _os_errors(f"cannot write to {self.path}", Invalid):
+        with os_errors(f"cannot write to {self.path}", Invalid):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
                 self._lock()
@@ -375,8 +297,8 @@ class _AppendFile:
         """Its whole lines. To be run to the end: a last line that was cut short is then cut off."""
         end = 0
         with (
-            _os_errors(f"cannot read {self.path}", Invalid),
-            open(self._fd, "rb", buffering=_BUFFER_BYTES, closefd=False) as stream,
+            os_errors(f"cannot read {self.path}", Invalid),
+            open(self._fd, "rb", buffering=BUFFER_BYTES, closefd=False) as stream,
         ):
             for line in stream:
                 if line.endswith(b"\n"):
@@ -387,7 +309,7 @@ class _AppendFile:
     def append(self, line: bytes) -> None:
         """Raises AsyncPipeError when not all of `line` could be written; nothing of it is then left in the file."""
         try:
-            with _os_errors(f"cannot write to {self.path}", AsyncPipeError, "; the same command continues from here"):
+            with os_errors(f"cannot write to {self.path}", AsyncPipeError, "; the same command continues from here"):
                 written = os.write(self._fd, line)
                 while written < len(line):  # a signal, or a full disk, which the next attempt tells
                     written += os.write(self._fd, line[written:])
@@ -401,7 +323,7 @@ class _AppendFile:
     def sync(self) -> None:
         """Raises AsyncPipeError."""
         if not self._is_synced:
-            with _os_errors(f"cannot write to {self.path}", AsyncPipeError):
+            with os_errors(f"cannot write to {self.path}", AsyncPipeError):
                 os.fsync(self._fd)
             self._is_synced = True
 
@@ -421,77 +343,6 @@ class _AppendFile:
 
     def _cut(self, size: int) -> None:
         if size < self.size:
-            with _os_errors(f"cannot write to {self.path}", Invalid):
+            with os_errors(f"cannot write to {self.path}", Invalid):
                 os.ftruncate(self._fd, size)
             self.size = size
-
-
-class _LineSet:
-    """Line numbers, a bit each: ten million lines take 1.25 MB."""
-
-    def __init__(self) -> None:
-        self._bits = bytearray()
-        self._len = 0
-
-    def __len__(self) -> int:
-        return self._len
-
-    def __contains__(self, line: int) -> bool:
-        byte, bit = divmod(line, 8)
-        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
-
-    def add(self, line: int) -> None:
-        if line in self:
-            return
-        byte, bit = divmod(line, 8)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + 1 - len(self._bits)))
-        self._bits[byte] |= 1 << bit
-        self._len += 1
-
-
-# --- the order --------------------------------------------------------------------------------------------------------
-
-
-class Reorder(Generic[T]):
-    """Puts what finishes in any order back into the order in which it was begun.
-
-    At most `capacity` lines are between `expect` and their release, so that the others do not pile up behind a slow one.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._order: deque[int] = deque()
-        self._unfinished: set[int] = set()
-        self._held: dict[int, T] = {}
-
-    @property
-    def num_held(self) -> int:
-        """Payloads that wait for an earlier line."""
-        return len(self._held)
-
-    @property
-    def has_room(self) -> bool:
-        """Another line may be begun."""
-        return len(self._order) < self._capacity
-
-    def expect(self, line: int) -> None:
-        """`line` is begun. Raises Busy when there is no room, Invalid when it was begun already."""
-        if not self.has_room:
-            raise Busy(f"{self._capacity} lines wait for line {self._order[0]}")
-        if line in self._unfinished or line in self._held:
-            raise Invalid(f"line {line} is expected already")
-        self._order.append(line)
-        self._unfinished.add(line)
-
-    def push(self, line: int, payload: T) -> list[tuple[int, T]]:
-        """`line` is finished; returns what is now in order. Raises Invalid when it was not expected, or pushed before."""
-        if line not in self._unfinished:
-            raise Invalid(f"line {line} is not expected")
-        self._unfinished.remove(line)
-        self._held[line] = payload
-        released = []
-        while self._order and self._order[0] in self._held:
-            first = self._order.popleft()
-            released.append((first, self._held.pop(first)))
-        return released

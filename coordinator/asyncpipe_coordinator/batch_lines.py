@@ -24,6 +24,7 @@ from asyncpipe.client.sampling import SamplingOptions, make_sampling
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.fields import MAX_PROMPT_CHARS, TokenIds
 from asyncpipe.wire.sampling import Sampling, TokenLogprobs
+from asyncpipe_coordinator.json_results import choice_object, logprobs_objects, token_counts, usage_object
 
 COMPLETIONS_URL = "/v1/completions"
 MAX_PRIORITY = 1000  # and the least is -1000
@@ -218,14 +219,12 @@ def plain_result(request: BatchRequest, outcome: Generation) -> dict[str, Any]:
     if request.custom_id is not None:
         result["custom_id"] = request.custom_id
     result["prompt" if isinstance(request.prompt, str) else "prompt_token_ids"] = request.prompt
-    result |= _plain_choice(outcome.choices[0])
+    result |= choice_object(outcome.choices[0])
     if len(outcome.choices) > 1:
-        result["choices"] = [{"index": index, **_plain_choice(choice)} for index, choice in enumerate(outcome.choices)]
+        result["choices"] = [{"index": index, **choice_object(choice)} for index, choice in enumerate(outcome.choices)]
     if outcome.prompt_logprobs:
-        result["prompt_logprobs"] = _plain_logprobs(outcome.prompt_logprobs)
-    usage = outcome.usage
-    times = {"time_to_first_token_s": round(usage.time_to_first_token_s, 4), "total_s": round(usage.total_s, 4)}
-    result["usage"] = _usage(outcome) | times
+        result["prompt_logprobs"] = logprobs_objects(outcome.prompt_logprobs)
+    result["usage"] = usage_object(outcome.usage)
     return result
 
 
@@ -237,7 +236,7 @@ def openai_result(request: BatchRequest, outcome: Generation, model: str, *, cre
         "created": int(time.time()) if created_at_s is None else created_at_s,
         "model": model,
         "choices": [_openai_choice(index, choice) for index, choice in enumerate(outcome.choices)],
-        "usage": _usage(outcome),
+        "usage": token_counts(outcome.usage),
     }
     return {
         "id": f"batch_req_{request.line}",
@@ -246,37 +245,6 @@ def openai_result(request: BatchRequest, outcome: Generation, model: str, *, cre
         "error": None,
         "line": request.line,
     }
-
-
-def _usage(outcome: Generation) -> dict[str, Any]:
-    return {
-        "prompt_tokens": outcome.usage.prompt_tokens,
-        "completion_tokens": outcome.usage.completion_tokens,
-        "total_tokens": outcome.usage.prompt_tokens + outcome.usage.completion_tokens,
-    }
-
-
-def _plain_choice(choice: Choice) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "token_ids": choice.token_ids,
-        "text": choice.text,
-        "finish_reason": choice.finish_reason,
-    }
-    if choice.logprobs:
-        fields["logprobs"] = _plain_logprobs(choice.logprobs)
-    return fields
-
-
-def _plain_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    return [
-        {
-            "token_id": token.token_id,
-            "logprob": token.logprob,
-            "rank": token.rank,
-            "top": [{"token_id": other.token_id, "logprob": other.logprob} for other in token.top],
-        }
-        for token in logprobs
-    ]
 
 
 def _openai_choice(index: int, choice: Choice) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from asyncpipe.client import Choice, Client, Generation, TextStream, connect
+from asyncpipe.client import Client, Generation, TextStream, connect
 from asyncpipe.client.sampling import SamplingOptions, make_sampling
 from asyncpipe.errors import AsyncPipeError, Invalid, to_data
-from asyncpipe.wire.messages import Status, TokenLogprobs, Usage
+from asyncpipe.wire.messages import Status
 from asyncpipe_coordinator.config import ServiceConfig
+from asyncpipe_coordinator.json_results import choice_object, logprobs_objects, usage_object
 from asyncpipe_coordinator.options import sampling_options
 from asyncpipe_coordinator.prompts import collect_prompts
 from asyncpipe_coordinator.service import Service
@@ -181,29 +182,8 @@ def as_json_object(index: int, prompt: str, outcome: Outcome) -> dict[str, Any]:
     if len(outcome.choices) > 1:
         line["choices"] = [choice_object(choice) for choice in outcome.choices]
     if outcome.prompt_logprobs:
-        line["prompt_logprobs"] = [logprobs_object(one) for one in outcome.prompt_logprobs]
+        line["prompt_logprobs"] = logprobs_objects(outcome.prompt_logprobs)
     return line
-
-
-def choice_object(choice: Choice) -> dict[str, Any]:
-    """A choice in JSON output."""
-    line = {"token_ids": choice.token_ids, "text": choice.text, "finish_reason": choice.finish_reason.value}
-    return line | {"logprobs": [logprobs_object(one) for one in choice.logprobs]} if choice.logprobs else line
-
-
-def logprobs_object(one: TokenLogprobs) -> dict[str, Any]:
-    top = [{"token_id": token_id, "logprob": round(logprob, 6)} for token_id, logprob in one.top]
-    return {"token_id": one.token_id, "logprob": round(one.logprob, 6), "rank": one.rank, "top": top}
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "time_to_first_token_s": round(usage.time_to_first_token_s, 4),
-        "total_s": round(usage.total_s, 4),
-    }
 
 
 def _print_summary(run: Run, *, as_json: bool, quiet: bool) -> None:

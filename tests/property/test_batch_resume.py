@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.sampling import Sampling
-from asyncpipe_coordinator.batch_files import Reorder, ResultWriter, count_lines, read_lines
+from asyncpipe_coordinator.batch_files import ResultWriter
+from asyncpipe_coordinator.batch_input import count_lines, read_lines
 from asyncpipe_coordinator.batch_lines import LineFormat, find_custom_id, parse_line
+from asyncpipe_coordinator.batch_order import Reorder
 
 BATCH_SETTINGS = settings(deadline=None, derandomize=True)
 MOMENTS = st.integers(0, 10_000)  # in ten-thousandths of what a run writes

@@ -20,16 +20,9 @@ from asyncpipe.client import Choice, Generation
 from asyncpipe.errors import AsyncPipeError, Busy, Closed, Invalid, StageLost
 from asyncpipe.wire.messages import Usage
 from asyncpipe.wire.sampling import Alternative, FinishReason, TokenLogprobs
-from asyncpipe_coordinator import batch_files
-from asyncpipe_coordinator.batch_files import (
-    SYNC_PERIOD_S,
-    InputLine,
-    Reorder,
-    ResultWriter,
-    _LineSet,
-    count_lines,
-    read_lines,
-)
+from asyncpipe_coordinator import batch_input
+from asyncpipe_coordinator.batch_files import SYNC_PERIOD_S, ResultWriter
+from asyncpipe_coordinator.batch_input import InputLine, count_lines, read_lines
 from asyncpipe_coordinator.batch_lines import (
     BatchRequest,
     LineFormat,
@@ -38,6 +31,7 @@ from asyncpipe_coordinator.batch_lines import (
     parse_line,
     plain_result,
 )
+from asyncpipe_coordinator.batch_order import LineSet, Reorder
 
 # --- lines: the plain format ------------------------------------------------------------------------------------------
 
@@ -356,7 +350,7 @@ def test_blank_lines_are_numbered_and_left_out_and_the_last_line_needs_no_newlin
 def test_lines_are_counted_across_the_pieces_in_which_a_file_is_read(
     tmp_path: Path, content: bytes, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_files, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(batch_input, "BUFFER_BYTES", buffer_bytes)
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     assert count_lines(path) == len(content.split())
@@ -737,7 +731,7 @@ def test_records_are_put_on_the_disk_every_few_seconds_and_at_the_end(
 def test_the_record_of_what_is_done_is_small() -> None:
     tracemalloc.start()
     try:
-        lines = _LineSet()
+        lines = LineSet()
         for line in range(10_000_000, 0, -9_999):
             lines.add(line)
             lines.add(line)
@@ -798,7 +792,8 @@ KILLER = """
 import os, signal, sys, time, traceback
 from pathlib import Path
 from asyncpipe.errors import Invalid
-from asyncpipe_coordinator.batch_files import ResultWriter, read_lines
+from asyncpipe_coordinator.batch_files import ResultWriter
+from asyncpipe_coordinator.batch_input import read_lines
 
 source, output = Path(sys.argv[1]), Path(sys.argv[2])
 

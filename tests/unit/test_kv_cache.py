@@ -210,7 +210,7 @@ def refused(model: Model, action: Callable[[], object]) -> None:
 @both
 def test_what_is_refused_changes_nothing(make_cache: MakeCache) -> None:
     model = new_model(make_cache, max_sequences=3, num_blocks=12)
-    first, second = model.open(100), model.open(33)  # 7 and 3 blocks: 2 are left
+    _, second = model.open(100), model.open(33)  # 7 and 3 blocks: 2 are left
     refused(model, lambda: model.cache.reserve(second, 5 * 16 + 1))
     third = model.open()
     refused(model, model.cache.open)
