@@ -4,8 +4,8 @@
     python benchmarks/efficiency.py --stages 4 --uneven --link-ms 5 --json
 
 `efficiency` is `ideal_s` over `measured_s`: the makespan that the same steps with the same stage times have when nothing else
-takes time and no stage ever waits for a micro-batch to come back, over the measured one. After a warm-up, in which the number
-of micro-batches settles, each micro-batch is filled with sequences that decode side by side to the end.
+takes time and no stage ever waits for a micro-batch to come back, over the measured one. More sequences decode than fit;
+the figures are of a window that begins when the number of micro-batches has settled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from asyncpipe_coordinator.core.limits import Schedule
 STAGE_MS = 10.0
 UNEVEN = 1.2  # every second stage takes so much longer
 START_TIMEOUT_S = 60.0
-WARM_UP_TOKENS = 24
+SETTLED_AFTER = 5  # equal readings
+NEW_TOKENS = 4000  # more than the window takes
 
 
 @asynccontextmanager
@@ -66,28 +67,31 @@ async def decode(client: Client, count: int, new_tokens: int) -> None:
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one pipeline."""
-    new_tokens = arguments.new_tokens or max(2400 // (arguments.stages + 2), 24) // (2 if arguments.quick else 1)
+    window_s = arguments.seconds or (8.0 if arguments.quick else 30.0)
     async with serving(arguments) as (client, pid):
-        micro_batches = arguments.micro_batches or await settled(client, arguments)
+        count = arguments.sequences * (4 * arguments.stages + 8)
+        load = asyncio.ensure_future(decode(client, count, NEW_TOKENS))
+        await settled(client)
         before = await client.status()
         start_s, start_cpu_s = time.perf_counter(), cpu_s(pid)
-        await decode(client, arguments.sequences * micro_batches, new_tokens)
+        await asyncio.sleep(window_s)
+        after = await client.status()
         seconds, used_s = time.perf_counter() - start_s, cpu_s(pid) - start_cpu_s
-        figures = report(before, await client.status(), seconds=seconds, coordinator_cpu_s=used_s)
-        return figures | {"micro_batches": micro_batches}
+        load.cancel()
+        await asyncio.wait({load}, timeout=START_TIMEOUT_S)
+        return report(before, after, seconds=seconds, coordinator_cpu_s=used_s)
 
 
-async def settled(client: Client, arguments: argparse.Namespace) -> int:
-    """The number of micro-batches that is chosen while more sequences wait than run."""
-    load = asyncio.ensure_future(decode(client, arguments.sequences * (4 * arguments.stages + 4), WARM_UP_TOKENS))
-    chosen = arguments.stages
-    while not load.done():
-        await asyncio.wait({load}, timeout=0.25)
+async def settled(client: Client) -> None:
+    """Until the number of micro-batches has not changed for a while."""
+    history: list[int] = []
+    while len(history) < SETTLED_AFTER or len(set(history[-SETTLED_AFTER:])) > 1:
+        await asyncio.sleep(0.5)
         status = await client.status()
-        if status.requests_waiting and status.pipeline.steps > 4 * arguments.stages:
-            chosen = status.pipeline.num_micro_batches
-    await load
-    return chosen
+        if status.pipeline.steps > 8 * len(status.stages):
+            history.append(status.pipeline.num_micro_batches)
+        if len(history) > 40:  # it never settles: then any moment is as good
+            return
 
 
 def report(before: Status, after: Status, *, seconds: float, coordinator_cpu_s: float) -> dict[str, Any]:
@@ -98,6 +102,7 @@ def report(before: Status, after: Status, *, seconds: float, coordinator_cpu_s: 
         "efficiency": round(ideal_s / measured_s, 4),
         "ideal_s": round(ideal_s, 4),
         "measured_s": round(measured_s, 4),
+        "micro_batches": after.pipeline.num_micro_batches,
         "steps": steps,
         "tokens_per_s": round((after.generated_tokens - before.generated_tokens) / seconds, 1),
         "coordinator_cpu_share": round(coordinator_cpu_s / seconds, 4),
@@ -122,8 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=4, help="in each micro-batch (default: 4)")
     parser.add_argument("--micro-batches", type=int, help="default: automatic")
     parser.add_argument("--schedule", default="continuous", choices=[schedule.value for schedule in Schedule])
-    parser.add_argument("--new-tokens", type=int, help="for each sequence (default: about half a minute's)")
-    parser.add_argument("--quick", action="store_true", help="fewer tokens: under 60 s")
+    parser.add_argument("--seconds", type=float, help="of the measured window (default: 30, quick: 8)")
+    parser.add_argument("--quick", action="store_true", help="a shorter window: under 60 s")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 

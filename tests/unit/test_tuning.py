@@ -22,13 +22,18 @@ def tuned(stage_ms: list[float], *, overhead_ms: float, rows: tuple[int, ...] = 
 
 @pytest.mark.parametrize(
     ("num_stages", "overhead_ms", "expected"),
-    [(2, 0.0, 2), (2, 1.0, 3), (4, 1.0, 5), (4, 9.0, 6), (2, 20.0, 5), (8, 40.0, 14)],
+    [(2, 0.0, 4), (2, 1.0, 5), (4, 1.0, 7), (4, 9.0, 8), (2, 20.0, 7), (8, 40.0, 16)],
 )
 def test_there_are_enough_micro_batches_to_hide_links_when_sequences_abound(
     num_stages: int, overhead_ms: float, expected: int
 ) -> None:
     tuner = tuned([10.0] * num_stages, overhead_ms=overhead_ms)
     assert tuner.best(num_sequences=10_000, max_sequences=8, most=64) == expected
+
+
+def test_a_few_more_are_opened_only_for_sequences_that_would_wait() -> None:
+    tuner = tuned([10.0] * 4, overhead_ms=1.0)  # five fill the pipeline
+    assert [tuner.best(num_sequences=count, max_sequences=8, most=64) for count in (40, 41, 48, 49, 100)] == [5, 6, 6, 7, 7]
 
 
 def test_few_sequences_are_not_cut_into_more_micro_batches_than_pay() -> None:

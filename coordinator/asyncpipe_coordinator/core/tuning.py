@@ -16,6 +16,7 @@ from asyncpipe.wire.messages import StageTiming
 FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
 SLACK = 1.5  # overheads vary; plan for more than the mean
+EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
 
 
 @dataclass(slots=True)
@@ -86,4 +87,6 @@ class Tuner:
                 chosen, best = count, throughput
             if slowest_s >= through_s:
                 break  # the slowest stage is never idle: more cannot help
-        return chosen
+        # Full ones cost nothing, up to where steps would only queue: nobody waits for a place because of a single sequence.
+        for_all = -(-num_sequences // max_sequences)
+        return max(chosen, min(for_all, chosen + EXTRA, most))
