@@ -47,12 +47,16 @@ async def local(
     split: Sequence[int] | None = None,
     micro_batches: int | None = None,
     max_sequences: int | None = None,
+    max_step_tokens: int | None = None,
+    kv_memory: str | int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     threads_per_stage: int | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> AsyncIterator[Client]:
     """Run `model` (a Hugging Face directory or hub name; None: the small bundled one) on this machine, cut into `stages`.
+
+    The arguments are the flags of `asyncpipe-coordinator serve`; `kv_memory` is of each stage, like "2GiB", or bytes.
 
     Yields a connected client; on exit every process is stopped and reaped. Raises Invalid for a bad model or argument,
     StageLost when a worker died at its start, Timeout when the start took longer than `start_timeout_s`.
@@ -62,6 +66,8 @@ async def local(
         "split": None if split is None else ",".join(map(str, split)),
         "micro-batches": micro_batches,
         "max-sequences": max_sequences,
+        "max-step-tokens": max_step_tokens,
+        "kv-memory": kv_memory,
         "device": device,
         "dtype": dtype,
         "threads-per-stage": threads_per_stage,

@@ -56,6 +56,11 @@ then, in Python:
       print((await client.generate("Hello", max_new_tokens=16)).text)
 """
 
+STATUS_EPILOG = """examples:
+  asyncpipe-coordinator status
+  asyncpipe-coordinator status tcp://127.0.0.1:5550 --json
+"""
+
 
 def build_parser() -> Parser:
     parser = _parser("asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG)
@@ -63,6 +68,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_batch(commands)
     _add_serve(commands)
+    _add_status(commands)
     return parser
 
 
@@ -92,12 +98,16 @@ def _run(arguments: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    command = _command(arguments.command)
+    if arguments.command == "status":
+        from asyncpipe_coordinator.status import status
+
+        return run(lambda: status(arguments))
+    command = _model_command(arguments.command)
     config = config_of(arguments)
     return run(lambda: command(arguments, config))
 
 
-def _command(name: str) -> Callable[..., Coroutine[Any, Any, int]]:
+def _model_command(name: str) -> Callable[..., Coroutine[Any, Any, int]]:
     """Imported when it is run, so that `--help` is quick."""
     match name:
         case "generate":
@@ -152,6 +162,13 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.option("--bind", default=DEFAULT_BIND, metavar="ADDRESS", help=f"for clients (default: {DEFAULT_BIND})")
     parser.option("--json", action="store_true", help="print one JSON line with the address when ready")
     parser.add_argument("--announce", metavar="ADDRESS", help=argparse.SUPPRESS)
+
+
+def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "status", "Show what a running coordinator does.", STATUS_EPILOG)
+    parser.add_argument("address", nargs="?", default=DEFAULT_BIND, metavar="ADDRESS", help=f"default: {DEFAULT_BIND}")
+    parser.option("--json", action="store_true", help="all of it as one JSON object")
+    parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
 
 def _parser(name: str, description: str, epilog: str) -> Parser:

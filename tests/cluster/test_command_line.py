@@ -166,6 +166,26 @@ def test_a_worker_without_torch_says_what_to_install(tmp_path: Path) -> None:
     assert "pip install 'asyncpipe-runtime[worker]'" in result.stderr
 
 
+def test_status_shows_a_running_coordinator(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", str(checkpoint), "--stages", "2", "--json"]
+    with subprocess.Popen([*command, "--bind", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["address"]
+        shown, as_json = coordinator("status", address), coordinator("status", address, "--json")
+        process.terminate()
+    for word in ("running", "efficiency", "KV memory", "stage 0: layers 0-1 on cpu", "stage 1: layers 2-3 on cpu"):
+        assert word in shown.stdout
+    assert [stage["layers"] for stage in json.loads(as_json.stdout)["stages"]] == [[0, 2], [2, 4]]
+
+
+def test_status_of_nobody_is_one_clear_line() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        result = coordinator("status", f"tcp://127.0.0.1:{unused.getsockname()[1]}")
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_a_port_in_use_is_one_clear_line(checkpoint: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
