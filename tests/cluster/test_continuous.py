@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from asyncpipe import Client, Generation
+from asyncpipe import Client, Generation, connect
+from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
+from asyncpipe_coordinator.service import Service
 from tests.checkpoints import distinct_prompts, make_opt, reference_generate
 from tests.cluster.test_generation import serving
 from tests.support import run
@@ -139,5 +141,23 @@ def test_stop_tokens_least_tokens_and_priorities(checkpoint: Path) -> None:
             assert len(later.token_ids) >= 9
             assert stop not in later.token_ids[:8]
             assert (await client.generate("a", max_new_tokens=2, priority=5)).usage.completion_tokens <= 2
+
+    run(scenario(), timeout_s=60)
+
+
+def test_a_client_that_leaves_takes_its_requests_with_it(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        config = ServiceConfig(checkpoint=checkpoint, num_stages=2, threads_per_stage=1)
+        async with Service.open(config) as service:
+            address = await service.listen("tcp://127.0.0.1:0")
+            async with connect(address) as stays:
+                async with connect(address) as leaves:
+                    stream = leaves.stream("to be", max_new_tokens=140, ignore_eos=True)
+                    await anext(stream)
+                    assert (await stays.status()).requests_running == 1
+                async with asyncio.timeout(5):
+                    while (status := await stays.status()).requests_running or status.kv.used_blocks:
+                        await asyncio.sleep(0.02)
+                assert status.requests_finished == 1
 
     run(scenario(), timeout_s=60)
