@@ -85,16 +85,17 @@ def test_a_trace_has_a_row_a_stage_and_an_arrow_a_step(tmp_path: Path) -> None:
     for event in trace:
         if event["ph"] == "X" and event["name"].startswith("micro-batch"):
             computed[(event["args"]["micro_batch"], event["args"]["step"])][event["pid"]] = event
-    assert len(computed) >= 8
-    for stages in computed.values():
+    whole = {step: stages for step, stages in computed.items() if 0 in stages}  # others were on their way at the start
+    assert len(whole) >= 8
+    assert len(computed) - len(whole) <= 1
+    for stages in whole.values():
         assert sorted(stages) == [0, 1, 2]
         assert stages[0]["ts"] < stages[1]["ts"] < stages[2]["ts"], "the clocks are aligned"
     flows = defaultdict(list)
     for event in trace:
         if event.get("cat") == "step":
             flows[event["id"]].append(event["ph"])
-    assert all(sorted(phases) == ["f", "s", "t"] for phases in flows.values())
-    assert len(flows) == len(computed)
+    assert all(sorted(flows[f"{micro_batch}.{step}"]) == ["f", "s", "t"] for micro_batch, step in whole)
 
 
 def test_a_short_prompt_is_at_most_three_steps_later_while_a_long_one_is_computed() -> None:
