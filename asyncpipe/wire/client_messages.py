@@ -23,6 +23,7 @@ from asyncpipe.wire.fields import (
     TokenIds,
 )
 from asyncpipe.wire.sampling import FinishReason, Sampling, TokenLogprobs
+from asyncpipe.wire.tiers import TierReport
 
 # --- client -> coordinator --------------------------------------------------------------------------------------------
 
@@ -75,8 +76,11 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     steps: Count = 0
     busy_s: Seconds = 0.0
     busy_share: float = 0.0
+    io_wait_s: Seconds = 0.0  # of busy_s: the compute thread waited for bytes of another memory tier
+    io_bytes: Count = 0  # moved between memory tiers
     idle: IdleTimes = IdleTimes()
     kv_blocks: Count = 0  # blocks that fit into this stage's KV memory
+    tiers: TierReport = TierReport()
 
 
 class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):

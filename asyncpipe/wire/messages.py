@@ -49,6 +49,7 @@ from asyncpipe.wire.stage_messages import (
     Tokens,
     Welcome,
 )
+from asyncpipe.wire.tiers import TierBytes, TierReport
 
 
 class ServiceReady(Message, frozen=True, kw_only=True):
@@ -112,6 +113,8 @@ __all__ = [
     "StageTiming",
     "Status",
     "Step",
+    "TierBytes",
+    "TierReport",
     "ToStage",
     "TokenLogprobs",
     "Tokens",

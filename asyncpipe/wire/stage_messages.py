@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from asyncpipe.errors import ErrorData
+from asyncpipe.policy import Policy
 from asyncpipe.wire.fields import (
     MAX_CONTEXT_TOKENS,
     MAX_SEQUENCES_PER_STEP,
@@ -21,10 +22,12 @@ from asyncpipe.wire.fields import (
     SequenceNumbers,
     Signed,
     StepTokenIds,
+    Text,
     TokenIds,
 )
 from asyncpipe.wire.sampling import Sampling, TokenLogprobs
 from asyncpipe.wire.tensors import Tensor
+from asyncpipe.wire.tiers import TierReport
 
 MAX_SPANS_PER_MESSAGE = 8192
 
@@ -140,7 +143,7 @@ class Join(Request[Welcome], frozen=True, kw_only=True):
 
 
 class StageReport(Message, frozen=True, kw_only=True):
-    """worker -> coordinator, the answer to `LoadStage`: what this stage now holds in memory."""
+    """worker -> coordinator, the answer to `LoadStage`: what this stage now holds."""
 
     stage: Count
     layers: tuple[Count, Count]
@@ -149,6 +152,7 @@ class StageReport(Message, frozen=True, kw_only=True):
     load_s: Seconds
     kv_blocks: Count  # that fit into this stage's KV memory
     kv_block_bytes: Count
+    tiers: TierReport = TierReport()
 
 
 class StageFailed(Message, frozen=True, kw_only=True):
@@ -167,6 +171,8 @@ class StageCounters(Message, frozen=True, kw_only=True):
     busy_s: Seconds
     send_wait_s: Seconds
     span_s: Seconds  # to the end of the last step
+    io_wait_s: Seconds = 0.0  # of busy_s: waiting for weights, keys and values, or activations from another tier
+    io_bytes: Count = 0  # moved between tiers
 
 
 class ClockReading(Message, frozen=True, kw_only=True):
@@ -205,7 +211,9 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     num_stages: Annotated[int, Meta(ge=1, le=MAX_STAGES)]
     first_layer: Count
     last_layer: Count
-    checkpoint: Name  # a directory on the worker's own file system
+    checkpoint: Name  # a directory on the worker's own file system; with `dummy_weights` only a name
+    config_json: Text  # the model's config.json
+    dummy_weights: bool = False  # random ones instead of the checkpoint's
     dtype: Name  # float32, bfloat16, float16
     max_context_len: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
     max_sequences: Annotated[int, Meta(ge=1, le=2**20)]  # in all micro-batches together
@@ -214,6 +222,8 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     kv_block_tokens: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
     kv_bytes: Count | None = None  # memory for keys and values; None: `kv_share` of what is free once the layers are loaded
     kv_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
+    policy: Policy = Policy()
+    offload_dir: Name = ""  # where a run makes its own folder for what is on disk; empty: the system's temporary folder
 
 
 class Ready(Message, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ class ModelInfo:
     max_context_len: int
     eos_token_ids: frozenset[int]
     dtype: str
+    config: dict[str, Any]  # config.json as it is
 
 
 def resolve_model(name: str | None) -> Path:
@@ -88,6 +89,7 @@ def inspect_model(path: Path) -> ModelInfo:
         max_context_len=config["max_position_embeddings"],
         eos_token_ids=frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,)),
         dtype=_dtype(config),
+        config=config,
     )
 
 

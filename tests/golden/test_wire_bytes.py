@@ -11,6 +11,7 @@ import pytest
 from asyncpipe.actors.envelope import Envelope, EnvelopeKind, encode_envelope
 from asyncpipe.errors import ErrorCode, ErrorData
 from asyncpipe.ids import NodeId
+from asyncpipe.policy import Policy
 from asyncpipe.trace import SpanKind
 from asyncpipe.transport.credit import Kind
 from asyncpipe.wire import messages as m
@@ -68,6 +69,28 @@ LOGPROBS = m.TokenLogprobs(
 )
 PLAIN_LOGPROBS = [17, -0.5, 2, [[4, -0.25], [17, -0.5]]]
 
+POLICY = Policy(gpu_batch_size=64, num_gpu_batches=3, w_gpu_percent=20.0, w_cpu_percent=80.0, attn_sparsity=0.5)
+PLAIN_POLICY = {
+    "gpu_batch_size": 64,
+    "num_gpu_batches": 3,
+    "w_gpu_percent": 20.0,
+    "w_cpu_percent": 80.0,
+    "cache_gpu_percent": 100.0,
+    "cache_cpu_percent": 0.0,
+    "act_gpu_percent": 100.0,
+    "act_cpu_percent": 0.0,
+    "overlap": True,
+    "sep_layer": True,
+    "pin_weight": True,
+    "cpu_cache_compute": False,
+    "attn_sparsity": 0.5,
+    "compress_weight": False,
+    "comp_weight_config": {"num_bits": 4, "group_size": 64},
+    "compress_cache": False,
+    "comp_cache_config": {"num_bits": 4, "group_size": 64},
+    "placement": "exact",
+}
+
 PIECE = m.Piece(request_id="r", index=3, token_id=17, text="é")
 PLAIN_PIECE = {"request_id": "r", "index": 3, "token_id": 17, "text": "é"}
 SCORED = m.PromptScored(request_id="r", logprobs=(LOGPROBS, m.TokenLogprobs(token_id=5, logprob=-1.0, rank=1)))
@@ -99,6 +122,9 @@ STAGE = m.StageStatus(
     param_bytes=40,
     idle=m.IdleTimes(starved_s=0.25, send_wait_s=0.5, no_work_s=1.0),
     kv_blocks=64,
+    io_wait_s=0.125,
+    io_bytes=9,
+    tiers=m.TierReport(weights=m.TierBytes(1, 2, 3)),
 )
 PLAIN_STAGE = {
     "stage": 0,
@@ -111,8 +137,11 @@ PLAIN_STAGE = {
     "steps": 0,
     "busy_s": 0.0,
     "busy_share": 0.0,
+    "io_wait_s": 0.125,
+    "io_bytes": 9,
     "idle": {"starved_s": 0.25, "send_wait_s": 0.5, "no_work_s": 1.0},
     "kv_blocks": 64,
+    "tiers": {"weights": [1, 2, 3]},
 }
 STATUS = m.Status(
     model="opt",
@@ -223,7 +252,14 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     ),
     (
         m.StageReport(
-            stage=1, layers=(6, 12), num_params=100, param_bytes=400, load_s=0.5, kv_blocks=64, kv_block_bytes=65_536
+            stage=1,
+            layers=(6, 12),
+            num_params=100,
+            param_bytes=400,
+            load_s=0.5,
+            kv_blocks=64,
+            kv_block_bytes=65_536,
+            tiers=m.TierReport(weights=m.TierBytes(100, 200, 300), cache=m.TierBytes(disk=2**40), buffers=7),
         ),
         {
             "stage": 1,
@@ -233,6 +269,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "load_s": 0.5,
             "kv_blocks": 64,
             "kv_block_bytes": 65_536,
+            "tiers": {"weights": [100, 200, 300], "cache": [0, 0, 2**40], "buffers": 7},
         },
     ),
     (
@@ -261,8 +298,8 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     ),
     (m.StageFailed(epoch=1, stage=0, error=ERROR), {"epoch": 1, "stage": 0, "error": PLAIN_ERROR}),
     (
-        m.StageCounters(stage=1, steps=10, busy_s=0.5, send_wait_s=0.25, span_s=1.0),
-        {"stage": 1, "steps": 10, "busy_s": 0.5, "send_wait_s": 0.25, "span_s": 1.0},
+        m.StageCounters(stage=1, steps=10, busy_s=0.5, send_wait_s=0.25, span_s=1.0, io_wait_s=0.125, io_bytes=9),
+        {"stage": 1, "steps": 10, "busy_s": 0.5, "send_wait_s": 0.25, "span_s": 1.0, "io_wait_s": 0.125, "io_bytes": 9},
     ),
     (m.ClockReading(monotonic_ns=-(2**62)), {"monotonic_ns": -(2**62)}),
     (
@@ -281,6 +318,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             first_layer=0,
             last_layer=6,
             checkpoint="/models/opt",
+            config_json="{}",
             dtype="float32",
             max_context_len=2048,
             max_sequences=32,
@@ -289,6 +327,9 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             kv_block_tokens=16,
             kv_bytes=2**33,
             kv_share=0.25,
+            dummy_weights=True,
+            policy=POLICY,
+            offload_dir="/tmp/offload",
         ),
         {
             "epoch": 1,
@@ -297,6 +338,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "first_layer": 0,
             "last_layer": 6,
             "checkpoint": "/models/opt",
+            "config_json": "{}",
             "dtype": "float32",
             "max_context_len": 2048,
             "max_sequences": 32,
@@ -305,6 +347,9 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "kv_block_tokens": 16,
             "kv_bytes": 2**33,
             "kv_share": 0.25,
+            "dummy_weights": True,
+            "policy": PLAIN_POLICY,
+            "offload_dir": "/tmp/offload",
         },
     ),
     (m.Ready(stage=1), {"stage": 1}),

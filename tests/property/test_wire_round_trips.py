@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from asyncpipe.errors import ErrorCode, ErrorData, WireError
 from asyncpipe.ids import NodeId
+from asyncpipe.policy import Compression, Placement, Policy
 from asyncpipe.wire import messages
 from asyncpipe.wire.codec import Codec, encode
 from asyncpipe.wire.handshake import (
@@ -45,6 +46,25 @@ def tensors(draw: st.DrawFn) -> Tensor:
     shape = draw(st.lists(st.integers(0, 4), max_size=4).map(tuple))
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return Tensor(dtype, shape, memoryview(draw(st.binary(min_size=num_bytes, max_size=num_bytes))))
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    percents = {}
+    for what in ("w", "cache", "act"):
+        percents[f"{what}_gpu_percent"] = device = draw(st.floats(0, 100))
+        percents[f"{what}_cpu_percent"] = draw(st.floats(0, 100 - device))
+    flags = {name: draw(st.booleans()) for name in ("overlap", "sep_layer", "compress_weight", "cpu_cache_compute")}
+    batches = {name: draw(st.integers(1, 64)) for name in ("gpu_batch_size", "num_gpu_batches")}
+    group_size = 2 * draw(st.integers(1, 2048))
+    return Policy(
+        **batches,
+        **percents,
+        **flags,
+        attn_sparsity=draw(st.floats(0, 1, exclude_min=True)),
+        comp_weight_config=Compression(group_size=group_size),
+        placement=draw(st.sampled_from(Placement)),
+    )
 
 
 def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
@@ -79,6 +99,8 @@ def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.one_of(*map(values_of, kind.types))
         case msgspec.inspect.CustomType():
             return tensors()
+        case msgspec.inspect.DataclassType(cls=cls) if cls is Policy:
+            return policies()
     raise AssertionError(f"no strategy for {kind}")
 
 

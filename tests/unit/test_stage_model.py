@@ -37,6 +37,7 @@ def load_chain(path: Path, split: tuple[int, ...], dtype: str = "float32") -> li
                 first_layer=bounds[stage],
                 last_layer=bounds[stage + 1],
                 checkpoint=str(path),
+                config_json=(path / "config.json").read_text(),
                 dtype=dtype,
                 max_context_len=160,
                 max_sequences=16,

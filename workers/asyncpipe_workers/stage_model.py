@@ -59,7 +59,9 @@ class StageModel:
         if not 0 <= plan.first_layer < plan.last_layer or not 0 <= plan.stage < plan.num_stages:
             raise Invalid(f"stage {plan.stage} of {plan.num_stages} cannot hold layers {plan.first_layer} to {plan.last_layer}")
         target, dtype = torch.device(device), DTYPES[plan.dtype]
-        layers = load_stage(Path(plan.checkpoint), first=plan.first_layer, last=plan.last_layer, dtype=dtype, device=target)
+        layers = load_stage(
+            Path(plan.checkpoint), plan.config_json, first=plan.first_layer, last=plan.last_layer, dtype=dtype, device=target
+        )
         shape = KVShape(
             num_layers=len(layers.layers),
             num_heads=layers.config.num_heads,

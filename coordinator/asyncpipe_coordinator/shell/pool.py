@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from asyncpipe.actors import ActorRef
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, StageLost
 from asyncpipe.errors import Timeout as DeadlinePassed
@@ -164,6 +166,7 @@ class WorkerPool:
             first_layer=layers.first,
             last_layer=layers.last,
             checkpoint=str(self.config.checkpoint),
+            config_json=msgspec.json.encode(self.model.config).decode(),
             dtype=self.dtype,
             max_context_len=self.model.max_context_len,
             max_sequences=self.max_sequences,

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor
-from asyncpipe.wire.messages import GetStatus, IdleTimes, KVStatus, PipelineStatus, StageCounters, StageStatus, Status
+from asyncpipe.wire.messages import (
+    GetStatus,
+    IdleTimes,
+    KVStatus,
+    PipelineStatus,
+    StageCounters,
+    StageStatus,
+    Status,
+    TierReport,
+)
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.shell.coordinator import CoordinatorActor
 from asyncpipe_coordinator.shell.pool import Worker, WorkerPool
@@ -90,4 +99,7 @@ def _status(worker: Worker, counters: StageCounters | None, active_s: float) -> 
             starved_s=max(active_s - busy_s - send_wait_s, 0.0), send_wait_s=send_wait_s, no_work_s=max(span_s - active_s, 0.0)
         ),
         kv_blocks=report.kv_blocks if report else 0,
+        tiers=report.tiers if report else TierReport(),
+        io_wait_s=counters.io_wait_s if counters else 0.0,
+        io_bytes=counters.io_bytes if counters else 0,
     )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.checkpoint import read_config
 from asyncpipe_workers.models.opt import OPTConfig, OPTStage
 
 FAMILIES = {"OPTForCausalLM": (OPTConfig, OPTStage)}
 
 
-def load_stage(path: Path, *, first: int, last: int, dtype: torch.dtype, device: torch.device) -> OPTStage:
+def load_stage(path: Path, config_json: str, *, first: int, last: int, dtype: torch.dtype, device: torch.device) -> OPTStage:
     """Raises Invalid for an architecture that is not supported, and for a checkpoint that cannot be read."""
-    config = read_config(path)
+    try:
+        config = json.loads(config_json)
+    except ValueError as error:
+        raise Invalid(f"the model's configuration is not JSON: {error}") from None
     for name in config.get("architectures") or ():
         if name in FAMILIES:
             config_type, stage_type = FAMILIES[name]

@@ -1,0 +1,156 @@
+"""Where a stage's weights, keys and values, and activations live, and how they move: FlexLLMGen's policy, validated.
+
+Sheng et al. 2023, "FlexGen: High-Throughput Generative Inference of Large Language Models with a Single GPU". There are three
+tiers: the *device* (a GPU's memory; on a CPU-only stage a part of RAM kept apart), the *host* (RAM) and the *disk*. Percentages
+are given for device and host; the rest is on disk.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from asyncpipe.errors import Invalid
+
+MAX_BATCHES = 4096
+
+
+class Placement(enum.StrEnum):
+    """How percentages become places of tensors."""
+
+    EXACT = "exact"  # tensors are split by rows: 20 % is 20 % of the bytes
+    FLEXLLMGEN = "flexllmgen"  # whole tensors, by FlexLLMGen's rule of midpoints
+
+
+class Shares(NamedTuple):
+    """Percent on each tier; they add up to 100."""
+
+    device: float
+    host: float
+    disk: float
+
+    @property
+    def all_on_device(self) -> bool:
+        return self.device >= 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """Group-wise quantization: `group_size` consecutive numbers share a scale and a minimum.
+
+    Weights are grouped along their input dimension, keys and values along the head. Raises Invalid.
+    """
+
+    num_bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_bits != 4:
+            raise Invalid(f"compression to {self.num_bits} bits: only 4 bits are supported")
+        if not 2 <= self.group_size <= 4096 or self.group_size % 2:
+            raise Invalid(f"compression in groups of {self.group_size}: use an even number from 2 to 4096")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Fields in FlexLLMGen's order, then ours. Raises Invalid for what cannot be.
+
+    A *block* is `gpu_batch_size` x `num_gpu_batches` sequences: a layer's weights are loaded once for all of it, and computed
+    batch by batch. `sep_layer` loads and computes a layer's attention and feed-forward parts separately. `overlap` moves bytes
+    while others are computed. `pin_weight` keeps host weights in page-locked memory (CUDA). `cpu_cache_compute` attends to keys
+    and values on the host where they are, in decoding. `attn_sparsity` is the share of values that decoding attends to, those
+    of the largest weights; 1.0 is exact attention.
+    """
+
+    gpu_batch_size: int = 32
+    num_gpu_batches: int = 1
+    w_gpu_percent: float = 100.0
+    w_cpu_percent: float = 0.0
+    cache_gpu_percent: float = 100.0
+    cache_cpu_percent: float = 0.0
+    act_gpu_percent: float = 100.0
+    act_cpu_percent: float = 0.0
+    overlap: bool = True
+    sep_layer: bool = True
+    pin_weight: bool = True
+    cpu_cache_compute: bool = False
+    attn_sparsity: float = 1.0
+    compress_weight: bool = False
+    comp_weight_config: Compression = Compression()
+    compress_cache: bool = False
+    comp_cache_config: Compression = Compression()
+    placement: Placement = Placement.EXACT
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_batch_size", "num_gpu_batches"):
+            if not 1 <= getattr(self, name) <= MAX_BATCHES:
+                raise Invalid(f"policy: {name} is {getattr(self, name)}; use a number from 1 to {MAX_BATCHES}")
+        if self.block_size > MAX_BATCHES:
+            raise Invalid(f"policy: gpu_batch_size x num_gpu_batches is {self.block_size}; use at most {MAX_BATCHES}")
+        for what in ("w", "cache", "act"):
+            self._check_percents(what)
+        if not 0.0 < self.attn_sparsity <= 1.0:
+            raise Invalid(f"policy: attn_sparsity is {self.attn_sparsity}; use a share above 0, up to 1 (dense)")
+        if self.attn_sparsity < 1.0 and self.compress_cache:
+            raise Invalid("policy: attn_sparsity below 1 and compress_cache exclude each other; choose one")
+
+    def _check_percents(self, what: str) -> None:
+        device, host = getattr(self, f"{what}_gpu_percent"), getattr(self, f"{what}_cpu_percent")
+        if not (0.0 <= device <= 100.0 and 0.0 <= host <= 100.0):
+            raise Invalid(f"policy: {what}_gpu_percent {device:g} and {what}_cpu_percent {host:g}: use percentages, 0 to 100")
+        if device + host > 100.0 + 1e-9:
+            raise Invalid(
+                f"policy: {what}_gpu_percent {device:g} and {what}_cpu_percent {host:g} add up to more than 100;"
+                " the rest of 100 is on disk"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Sequences of a block."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @property
+    def weights(self) -> Shares:
+        return _shares(self.w_gpu_percent, self.w_cpu_percent)
+
+    @property
+    def cache(self) -> Shares:
+        return _shares(self.cache_gpu_percent, self.cache_cpu_percent)
+
+    @property
+    def activations(self) -> Shares:
+        return _shares(self.act_gpu_percent, self.act_cpu_percent)
+
+    @property
+    def w_disk_percent(self) -> float:
+        return self.weights.disk
+
+    @property
+    def cache_disk_percent(self) -> float:
+        return self.cache.disk
+
+    @property
+    def act_disk_percent(self) -> float:
+        return self.activations.disk
+
+    @property
+    def moves_weights(self) -> bool:
+        """Weights are streamed, or unpacked, for every step: a step costs much whether it is small or large."""
+        return not self.weights.all_on_device or self.compress_weight
+
+    @property
+    def moves_cache(self) -> bool:
+        return not self.cache.all_on_device or self.compress_cache or self.attn_sparsity < 1.0
+
+    @property
+    def needs_disk(self) -> bool:
+        """Of its own: for keys and values, or activations. Weights are read where they are."""
+        return self.cache.disk > 0 or self.activations.disk > 0
+
+
+def _shares(device: float, host: float) -> Shares:
+    return Shares(device, host, max(100.0 - device - host, 0.0))
+
+
+POLICY_FIELDS = tuple(field.name for field in fields(Policy))
