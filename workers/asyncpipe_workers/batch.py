@@ -1,61 +1,14 @@
-"""The sequences of a stage, the micro-batches they are in, and the layout of one step.
-
-A step is ragged: one new token of each member of the micro-batch (B of them), then chunks of prompts, end to end. Nothing is
-padded, unless the coordinator asks for rows of padding to show what they cost.
-"""
+"""The sequences of a stage and the micro-batches they are in, and from a step's delta to its layout."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.messages import Delta, Opened
+from asyncpipe_workers.layout import Member, Row, Span, StepLayout
 from asyncpipe_workers.memory.kv import KVCache
 from asyncpipe_workers.sampling import Sampler
-
-
-@dataclass(slots=True)
-class Member:
-    """One sequence. `length` counts its tokens in the cache; `sampler` knows all its tokens."""
-
-    number: int
-    slot: int
-    sampler: Sampler
-    length: int = 0
-
-
-class Row(NamedTuple):
-    """A sequence that goes on by one token: `length` with it."""
-
-    slot: int
-    length: int
-
-
-class Span(NamedTuple):
-    """Rows [start, end) of the step are tokens of `member`, from position `position` on."""
-
-    member: Member
-    start: int
-    end: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepLayout:
-    """What the layers need to know. T rows in total, the first B of which continue a sequence each."""
-
-    token_ids: list[int]  # T; only the first stage looks at them
-    positions_T: torch.Tensor
-    rows: list[Row]  # B
-    slots_B: torch.Tensor
-    places_B: torch.Tensor  # where the new token goes
-    spans: list[Span]
-    padding: int
-    sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
-    sampled_rows: torch.Tensor | None = None  # of each
 
 
 class StageSequences:
@@ -67,6 +20,10 @@ class StageSequences:
         self._eos_token_ids = eos_token_ids
         self._members: dict[int, Member] = {}
         self._micro_batches: dict[int, list[Member]] = {}
+
+    def members(self, micro_batch: int) -> list[int]:
+        """Numbers of its sequences."""
+        return [member.number for member in self._micro_batches.get(micro_batch, ())]
 
     def apply(self, micro_batch: int, delta: Delta) -> StepLayout:
         """Change who is where, and lay out the step. Raises Invalid for a delta that does not fit."""

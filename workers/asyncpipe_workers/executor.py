@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -36,8 +36,8 @@ class Timed(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    call: Callable[[], Any]
-    on_done: Callable[[Timed[Any]], None]
+    call: Callable[[], Iterable[Any]]
+    on_each: Callable[[Timed[Any]], None]
 
 
 class ComputeThread:
@@ -49,14 +49,15 @@ class ComputeThread:
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    def queue(self, call: Callable[[], T], on_done: Callable[[Timed[T]], None]) -> None:
-        """Run `call` on the thread after what was queued before, then `on_done` on the event loop."""
-        self._work.put(_Work(call, on_done))
+    def queue(self, call: Callable[[], Iterable[T]], on_each: Callable[[Timed[T]], None]) -> None:
+        """Run `call` on the thread after what was queued before, and `on_each` on the event loop for each of its results as
+        it comes. An exception is the last result."""
+        self._work.put(_Work(call, on_each))
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run `call` on the thread; its exception is raised here. Cancelling the wait does not interrupt the work."""
         done: asyncio.Future[Timed[T]] = self._loop.create_future()
-        self.queue(call, lambda timed: None if done.done() else done.set_result(timed))
+        self.queue(lambda: (call(),), lambda timed: None if done.done() else done.set_result(timed))
         return (await done).unwrap()
 
     def close(self) -> None:
@@ -65,12 +66,17 @@ class ComputeThread:
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            start_ns = time.monotonic_ns()
-            result, error = None, None
-            try:
-                result = work.call()
-            except Exception as raised:
-                error = raised
-            timed = Timed(result, error, start_ns, time.monotonic_ns())
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-                self._loop.call_soon_threadsafe(work.on_done, timed)
+            for timed in _timed(work.call):
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                    self._loop.call_soon_threadsafe(work.on_each, timed)
+
+
+def _timed(call: Callable[[], Iterable[T]]) -> Iterator[Timed[T]]:
+    start_ns = time.monotonic_ns()
+    try:
+        for result in call():
+            end_ns = time.monotonic_ns()
+            yield Timed(result, None, start_ns, end_ns)
+            start_ns = end_ns
+    except Exception as error:
+        yield Timed(None, error, start_ns, time.monotonic_ns())

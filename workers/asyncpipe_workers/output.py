@@ -1,11 +1,19 @@
-"""What a stage's compute gives for a step."""
+"""What a stage's compute takes, and what it gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from asyncpipe.wire.messages import PromptLogprobs, TokenLogprobs
+from asyncpipe.wire.messages import PromptLogprobs, Step, TokenLogprobs
 from asyncpipe.wire.tensors import Tensor
+
+
+class ArrivedStep(NamedTuple):
+    """A step to compute, and when it arrived, on the monotonic clock."""
+
+    step: Step
+    arrived_ns: int
 
 
 @dataclass(frozen=True, slots=True)

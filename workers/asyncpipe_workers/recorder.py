@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncpipe.trace import SpanKind, SpanRing
 from asyncpipe.wire.messages import StageCounters, Step
+from asyncpipe_workers.memory.transfers import TransferLog
 
 MIN_STARVED_NS = 20_000  # shorter gaps are not worth a span
 
@@ -13,6 +14,7 @@ class StageRecorder:
 
     def __init__(self) -> None:
         self.spans = SpanRing()
+        self.transfers: TransferLog | None = None
         self._num_steps = 0
         self._busy_ns = self._send_wait_ns = 0
         self._first_start_ns = self._last_end_ns = 0
@@ -25,6 +27,8 @@ class StageRecorder:
         elif start_ns - self._last_end_ns > MIN_STARVED_NS:
             self._add(SpanKind.STARVED, step, self._last_end_ns, start_ns)
         self._last_end_ns = end_ns
+        for move in self.transfers.take_moves() if self.transfers is not None else ():
+            self._add(SpanKind.WEIGHTS, step, move.start_ns, move.end_ns)
         self._add(SpanKind.COMPUTE, step, start_ns, end_ns)
 
     def sent(self, step: Step, *, start_ns: int, end_ns: int) -> None:
@@ -38,6 +42,8 @@ class StageRecorder:
             busy_s=self._busy_ns / 1e9,
             send_wait_s=self._send_wait_ns / 1e9,
             span_s=(self._last_end_ns - self._first_start_ns) / 1e9,
+            io_wait_s=self.transfers.wait_ns / 1e9 if self.transfers is not None else 0.0,
+            io_bytes=self.transfers.num_bytes if self.transfers is not None else 0,
         )
 
     def _add(self, kind: SpanKind, step: Step, start_ns: int, end_ns: int) -> None:

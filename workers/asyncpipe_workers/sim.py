@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from asyncpipe.errors import Invalid
 from asyncpipe.simulation import Simulation
-from asyncpipe.wire.messages import Delta, LoadStage, Opened, Step
+from asyncpipe.wire.messages import Delta, LoadStage, Opened, Step, TierReport
 from asyncpipe.wire.tensors import Tensor
-from asyncpipe_workers.output import StageOutput
+from asyncpipe_workers.output import ArrivedStep, StageOutput
 
 VOCABULARY = 1000
 FIRST_TOKEN = 5  # below are the special tokens of most vocabularies
@@ -26,6 +27,8 @@ class SimulatedStage:
 
     num_params = param_bytes = 0
     kv_block_bytes = 0
+    tiers = TierReport()
+    transfers = None
 
     def __init__(self, simulation: Simulation, plan: LoadStage) -> None:
         self._simulation = simulation
@@ -37,7 +40,17 @@ class SimulatedStage:
         self._micro_batches: dict[int, list[_Sequence]] = {}
         self.kv_blocks = simulation.kv_blocks
 
-    def step(self, message: Step, *, arrived_at_s: float) -> StageOutput:
+    def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
+        return 1
+
+    def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
+        for step, arrived_ns in steps:
+            yield self._step(step, arrived_ns / 1e9)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+    def _step(self, message: Step, arrived_at_s: float) -> StageOutput:
         members = self._apply(message)
         duration_s = self._duration_s(message.delta)
         start_s = max(self._free_at_s, arrived_at_s)

@@ -12,7 +12,8 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
@@ -32,11 +33,13 @@ from asyncpipe.wire.messages import (
     StageReport,
     StageTiming,
     Step,
+    TierReport,
     Tokens,
     ToStage,
 )
 from asyncpipe_workers.executor import ComputeThread, Timed
-from asyncpipe_workers.output import StageOutput
+from asyncpipe_workers.memory.transfers import TransferLog
+from asyncpipe_workers.output import ArrivedStep, StageOutput
 from asyncpipe_workers.recorder import StageRecorder
 
 STAGE_ACTOR = "stage"
@@ -67,7 +70,25 @@ class StageCompute(Protocol):
         """Simulated delay of a message on its way in, and of the last stage's on its way out; 0.0 for real stages."""
         ...
 
-    def step(self, message: Step, *, arrived_at_s: float) -> StageOutput: ...
+    @property
+    def tiers(self) -> TierReport:
+        """Where its bytes live."""
+        ...
+
+    @property
+    def transfers(self) -> TransferLog | None:
+        """What moves between memory tiers, if anything can."""
+        ...
+
+    def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
+        """How many of the steps that have arrived by now are to be computed together: the first so many, at least one."""
+        ...
+
+    def compute(self, steps: Sequence[ArrivedStep]) -> Iterable[StageOutput]:
+        """One output for each step, in order, each as soon as it is there."""
+        ...
+
+    def close(self) -> None: ...
 
 
 Loader = Callable[[LoadStage], StageCompute]
@@ -79,6 +100,11 @@ class _Outgoing(NamedTuple):
     step: Step
     message: Step | Tokens
     due_ns: int
+
+
+class _Computed(NamedTuple):
+    arrived: ArrivedStep
+    output: StageOutput
 
 
 class StageActor(Actor):
@@ -93,6 +119,7 @@ class StageActor(Actor):
         self._lost = lost  # completed when the coordinator is gone and this process has no more to do
         self._compute = ComputeThread()
         self._recorder = StageRecorder()
+        self._arrived: deque[ArrivedStep] = deque()  # that the compute thread has not begun
         self._num_queued = 0  # steps that were taken and have not left
         self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_QUEUED_STEPS)  # that could not leave at once
         self._plan: LoadStage | None = None
@@ -106,6 +133,8 @@ class StageActor(Actor):
 
     async def stopped(self) -> None:
         self._compute.close()
+        if self._model is not None:
+            self._model.close()
 
     async def handle(self, message: Message | Down) -> Message | None:
         match message:
@@ -129,6 +158,7 @@ class StageActor(Actor):
         start_s = time.monotonic()
         self._model = model = await self._compute.run(lambda: self._loader(plan))
         self._plan = plan
+        self._recorder.transfers = model.transfers
         gc.freeze()  # what is here now stays: no collection need look at it again
         return StageReport(
             stage=plan.stage,
@@ -138,6 +168,7 @@ class StageActor(Actor):
             load_s=time.monotonic() - start_s,
             kv_blocks=model.kv_blocks,
             kv_block_bytes=model.kv_block_bytes,
+            tiers=model.tiers,
         )
 
     async def _connect_next(self, message: ConnectNext) -> Ready:
@@ -156,16 +187,23 @@ class StageActor(Actor):
         if self._num_queued >= MAX_QUEUED_STEPS:
             raise Busy(f"stage {plan.stage} has {MAX_QUEUED_STEPS} steps queued already")
         self._num_queued += 1
-        arrived_ns = time.monotonic_ns() + int(model.link_s * 1e9)
-        self._compute.queue(
-            lambda: model.step(step, arrived_at_s=arrived_ns / 1e9), lambda timed: self._on_computed(step, arrived_ns, timed)
-        )
+        self._arrived.append(ArrivedStep(step, time.monotonic_ns() + int(model.link_s * 1e9)))
+        self._compute.queue(self._compute_arrived, self._on_computed)
 
-    def _on_computed(self, step: Step, arrived_ns: int, timed: Timed[StageOutput]) -> None:
+    def _compute_arrived(self) -> Iterator[_Computed]:
+        """On the compute thread, once for each step that has arrived: it finds nothing when its step went with others."""
+        if not self._arrived:
+            return
+        model = self._loaded_model()
+        steps = [self._arrived.popleft() for _ in range(model.choose(lambda: list(self._arrived)))]
+        for step, output in zip(steps, model.compute(steps), strict=True):
+            yield _Computed(step, output)
+
+    def _on_computed(self, timed: Timed[_Computed]) -> None:
         """On the event loop, in the order of the steps."""
         self._num_queued -= 1
         try:
-            output = timed.unwrap()
+            (step, arrived_ns), output = timed.unwrap()
         except Exception as error:
             self._report(error)
             return

@@ -1,24 +1,24 @@
-"""What the stage actor drives, all synchronous, on its compute thread: a step message in, hidden states or tokens out."""
+"""What the stage actor drives, all synchronous, on its compute thread: step messages in, hidden states or tokens out."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import LoadStage, PromptLogprobs, Step
+from asyncpipe.wire.messages import LoadStage, PromptLogprobs, Step, TierReport
 from asyncpipe.wire.tensors import DType, Tensor
-from asyncpipe_workers.batch import StageSequences, StepLayout
-from asyncpipe_workers.memory.available import available_bytes
-from asyncpipe_workers.memory.kv import KVShape, make_kv_cache
-from asyncpipe_workers.models.opt import OPTStage
-from asyncpipe_workers.models.registry import load_stage
-from asyncpipe_workers.output import StageOutput
-from asyncpipe_workers.sampling import Sampled, sample, score
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from asyncpipe_workers.batch import StageSequences
+from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
+from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.output import ArrivedStep, StageOutput
+from asyncpipe_workers.sampling import sample, score
+from asyncpipe_workers.stage_memory import StageMemory, load_stage_memory
+from asyncpipe_workers.sweep import Result, Sweep, Work
 
 with warnings.catch_warnings():
     # torch warns, once in a process, that it cannot protect read-only memory. Received hidden states are never written to.
@@ -32,105 +32,110 @@ class StageModel:
     link_s = 0.0
 
     def __init__(
-        self,
-        layers: OPTStage,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        shape: KVShape,
-        num_blocks: int,
-        eos_token_ids: frozenset[int],
+        self, memory: StageMemory, *, hidden_size: int, eos_token_ids: frozenset[int], is_whole_pipeline: bool
     ) -> None:
-        self._layers = layers
-        self._dtype = dtype
-        self._device = device
-        self._cache = make_kv_cache(shape, num_blocks=num_blocks, device=device)
-        self._sequences = StageSequences(self._cache, device=device, eos_token_ids=eos_token_ids)
-        self.num_params = layers.num_params
-        self.param_bytes = layers.param_bytes
-        self.kv_blocks = num_blocks
-        self.kv_block_bytes = shape.block_bytes
+        self._memory = memory
+        self._hidden_size = hidden_size
+        self._device = memory.device
+        self._dtype = memory.dtype
+        self._is_first = memory.units.embedding is not None
+        self._is_last = memory.units.head_input is not None
+        self._sequences = StageSequences(memory.cache, device=memory.device, eos_token_ids=eos_token_ids)
+        self._sweep = Sweep(memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap)
+        self._grouping: Grouping = OneByOne()
+        if memory.policy.moves_weights:
+            self._grouping = AllThatWait(self._sequences.members, lingers=is_whole_pipeline)
+        self.num_params = memory.num_params
+        self.param_bytes = memory.param_bytes
+        self.kv_blocks = memory.cache.num_blocks
+        self.kv_block_bytes = memory.kv_block_bytes
+        self.transfers = memory.transfers
 
     @classmethod
     def load(cls, plan: LoadStage, *, device: str = "cpu") -> StageModel:
-        """Read the plan's layers, and only those. Raises Invalid for a bad checkpoint or dtype, or too little KV memory."""
-        if plan.dtype not in DTYPES:
-            raise Invalid(f"dtype {plan.dtype}: use one of {', '.join(DTYPES)}")
-        if not 0 <= plan.first_layer < plan.last_layer or not 0 <= plan.stage < plan.num_stages:
-            raise Invalid(f"stage {plan.stage} of {plan.num_stages} cannot hold layers {plan.first_layer} to {plan.last_layer}")
-        target, dtype = torch.device(device), DTYPES[plan.dtype]
-        layers = load_stage(
-            Path(plan.checkpoint), plan.config_json, first=plan.first_layer, last=plan.last_layer, dtype=dtype, device=target
-        )
-        shape = KVShape(
-            num_layers=len(layers.layers),
-            num_heads=layers.config.num_heads,
-            head_size=layers.config.head_size,
-            dtype=dtype,
-            max_context_len=plan.max_context_len,
-            max_sequences=plan.max_sequences,
-            block_tokens=plan.kv_block_tokens,
-        )
+        """Read the plan's layers, and only those. Raises Invalid for a bad checkpoint or dtype, or too little memory."""
+        memory, hidden_size = load_stage_memory(plan, torch.device(device))
         return cls(
-            layers,
-            dtype=dtype,
-            device=target,
-            shape=shape,
-            num_blocks=_num_blocks(plan, shape, target),
+            memory,
+            hidden_size=hidden_size,
             eos_token_ids=frozenset(plan.eos_token_ids),
+            is_whole_pipeline=plan.num_stages == 1,
         )
+
+    @property
+    def tiers(self) -> TierReport:
+        return self._memory.report
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
+        return self._grouping.choose(arrived)
 
     @torch.inference_mode()
-    def step(self, message: Step, *, arrived_at_s: float = 0.0) -> StageOutput:
-        """Apply the message's delta and compute. Raises Invalid for a step that does not follow from those before."""
-        layout = self._sequences.apply(message.micro_batch, message.delta)
-        if not layout.token_ids:
-            return StageOutput()
-        hidden_TD = self._layers(self._input(message, layout), layout, self._cache)
-        if self._layers.head is None:
-            return StageOutput(hidden=_to_wire(hidden_TD))
-        sampled = self._sample(hidden_TD, layout)
+    def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
+        """Raises Invalid for a step that does not follow from those before."""
+        start_s = time.monotonic()
+        layouts = [self._sequences.apply(step.micro_batch, step.delta) for step, _ in steps]
+        works = [self._work(number, steps[number].step, layout) for number, layout in enumerate(layouts) if len(layout)]
+        results = self._sweep.run(works) if works else iter(())
+        for layout in layouts:
+            yield self._output(next(results)) if len(layout) else StageOutput()
+        if works:
+            assert next(results, None) is None  # noqa: S101 - there are none left, and the pass comes to its end
+            self._grouping.done((step.micro_batch for step, _ in steps), time.monotonic() - start_s)
+
+    def _work(self, number: int, step: Step, layout: StepLayout) -> Work:
+        batches = list(layout.batches(self._memory.policy.gpu_batch_size))
+        scored_rows = [row for span in self._scored(layout) for row in range(span.start, span.start + len(span.following))]
+        return Work(number, layout, self._input(step, layout), batches, scored_rows)
+
+    def _output(self, result: Result) -> StageOutput:
+        if not self._is_last:
+            return StageOutput(hidden=_to_wire(result.output))
+        layout, logits_RV = result.work.layout, result.output
+        num_sampled = len(layout.sampled)
+        sampled = sample(logits_RV[:num_sampled], [member.sampler for member in layout.sampled])
         return StageOutput(
-            token_ids=sampled.token_ids, logprobs=sampled.logprobs, prompt_logprobs=self._score_prompts(hidden_TD, layout)
+            token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            prompt_logprobs=self._scores(layout, logits_RV[num_sampled:]),
         )
 
-    def _sample(self, hidden_TD: torch.Tensor, layout: StepLayout) -> Sampled:
-        if not layout.sampled or self._layers.head is None:
-            return Sampled(())
-        return sample(self._layers.head(hidden_TD[layout.sampled_rows]), [member.sampler for member in layout.sampled])
+    def _scores(self, layout: StepLayout, logits_RV: torch.Tensor) -> tuple[PromptLogprobs, ...]:
+        """Each row of a chunk is scored against the prompt token that follows it."""
+        scores, row = [], 0
+        for span in self._scored(layout):
+            end = row + len(span.following)
+            scores.append(PromptLogprobs(span.number, score(logits_RV[row:end], span.following, span.num_top)))
+            row = end
+        return tuple(scores)
 
-    def _score_prompts(self, hidden_TD: torch.Tensor, layout: StepLayout) -> tuple[PromptLogprobs, ...]:
-        """For sequences that ask: each row of a chunk is scored against the prompt token that follows it."""
-        scored = []
+    def _scored(self, layout: StepLayout) -> Iterator[_ScoredSpan]:
+        """Of sequences that ask for it."""
         for member, start, end, position in layout.spans:
             num_top = member.sampler.sampling.prompt_logprobs
             following = member.sampler.token_ids[position + 1 : min(position + 1 + end - start, member.sampler.num_prompt)]
-            if num_top is not None and following and self._layers.head is not None:
-                logits_RV = self._layers.head(hidden_TD[start : start + len(following)])
-                scored.append(PromptLogprobs(member.number, score(logits_RV, following, num_top)))
-        return tuple(scored)
+            if num_top is not None and following:
+                yield _ScoredSpan(member.number, start, following, num_top)
 
-    def _input(self, message: Step, layout: StepLayout) -> torch.Tensor:
-        if self._layers.embedding is not None:
+    def _input(self, step: Step, layout: StepLayout) -> torch.Tensor:
+        if self._is_first:
             return torch.tensor(layout.token_ids, dtype=torch.long, device=self._device)
-        shape = (len(layout.token_ids), self._layers.config.hidden_size)
-        if message.hidden is None or message.hidden.shape != shape:
-            found = None if message.hidden is None else message.hidden.shape
+        shape = (len(layout), self._hidden_size)
+        if step.hidden is None or step.hidden.shape != shape:
+            found = None if step.hidden is None else step.hidden.shape
             raise Invalid(f"the step needs hidden states of shape {shape}; it came with {found}")
-        return _from_wire(message.hidden).to(device=self._device, dtype=self._dtype)
+        return _from_wire(step.hidden).to(device=self._device, dtype=self._dtype)
 
 
-def _num_blocks(plan: LoadStage, shape: KVShape, device: torch.device) -> int:
-    """As many as the plan's memory takes. Raises Invalid when not even one sequence of a block fits."""
-    num_bytes = plan.kv_bytes
-    if num_bytes is None:
-        num_bytes = int(available_bytes(device) * plan.kv_share)
-    if num_bytes < shape.block_bytes:
-        raise Invalid(
-            f"{num_bytes} bytes of KV memory on stage {plan.stage}; one block of {shape.block_tokens} tokens needs"
-            f" {shape.block_bytes}: use a larger --kv-memory"
-        )
-    return min(num_bytes // shape.block_bytes, shape.most_blocks)
+class _ScoredSpan(NamedTuple):
+    """Rows from `start` on, one for each of the prompt tokens that follow them."""
+
+    number: int
+    start: int
+    following: Sequence[int]
+    num_top: int
 
 
 def _to_wire(x: torch.Tensor) -> Tensor:

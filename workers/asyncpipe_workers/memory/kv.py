@@ -17,21 +17,16 @@ import math
 import mmap
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe_workers.attention import QKV, KeysValues, attend
+from asyncpipe_workers.layout import StepLayout
 
 PAGE_BYTES = mmap.PAGESIZE
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # address space alone is not counted as memory (mmap(2))
-
-
-class KeysValues(NamedTuple):
-    """Each (H, C, K), C the tokens asked for."""
-
-    keys_HCK: torch.Tensor
-    values_HCK: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +71,12 @@ class KVCache(Protocol):
         """Make room for `length` tokens in total. Raises Invalid when there are not enough blocks."""
         ...
 
-    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
-        """One token of each of B sequences."""
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+        """Causal attention of a step's rows, (T, H, K); their keys and values are kept."""
         ...
 
-    def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
-        """Tokens from position `start` on of one sequence."""
-        ...
-
-    def read(self, layer: int, slot: int, length: int) -> KeysValues:
-        """The first `length` tokens; to be used before the next write."""
+    def prefetch(self, layer: int, layout: StepLayout) -> None:
+        """`attend` for this layer and layout comes soon: begin to fetch what it will read."""
         ...
 
 
@@ -156,6 +147,12 @@ class ArenaKV:
             self._warm_blocks[slot] += more
             self._num_warm += more
             self._cool()
+
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+        return attend(qkv, layout, self, layer)
+
+    def prefetch(self, layer: int, layout: StepLayout) -> None:
+        """Everything is here."""
 
     def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
         self._keys[layer][slots_B, :, positions_B] = kv_BHK[0]
@@ -235,6 +232,12 @@ class PagedKV:
     def reserve(self, slot: int, length: int) -> None:
         for _ in range(self._slots.grow(slot, length)):
             self._tables[slot].append(self._free_blocks.pop())
+
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+        return attend(qkv, layout, self, layer)
+
+    def prefetch(self, layer: int, layout: StepLayout) -> None:
+        """Everything is here."""
 
     def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
         places = zip(slots_B.tolist(), positions_B.tolist(), strict=True)

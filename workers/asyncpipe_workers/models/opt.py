@@ -7,18 +7,19 @@ E embedding, F feed-forward, V vocabulary, H heads, K head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.batch import StepLayout
-from asyncpipe_workers.checkpoint import Checkpoint
+from asyncpipe_workers.attention import QKV
+from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, QKV, LayerNorm, Linear, attend
+from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm
+from asyncpipe_workers.models.units import Layer, StageUnits, Unit
+from asyncpipe_workers.models.weights import Linear, Weights
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
 
@@ -73,129 +74,141 @@ class OPTConfig:
         return self.hidden_size // self.num_heads
 
 
-class _Reader:
-    """Reads a checkpoint's tensors in the wanted dtype."""
-
-    def __init__(self, checkpoint: Checkpoint, config: OPTConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        self._dtype = dtype
-        self._device = device
-        self.num_params = self.param_bytes = 0
-
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        # A copy, so that the checkpoint's mapped file can be let go.
-        tensor = self._checkpoint.read(name, shape).to(device=self._device, dtype=self._dtype, copy=True)
-        self.num_params += tensor.numel()
-        self.param_bytes += tensor.nbytes
-        return tensor
-
-    def linear(self, name: str, out_size: int, in_size: int) -> Linear:
-        bias = self.tensor(f"{name}.bias", out_size) if self._config.has_bias else None
-        return Linear(self.tensor(f"{name}.weight", out_size, in_size), bias)
-
-    def fused(self, names: list[str], out_size: int, in_size: int) -> Linear:
-        """Several projections of the same input as one."""
-        parts = [self.linear(name, out_size, in_size) for name in names]
-        biases = [part.bias for part in parts if part.bias is not None]
-        return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
-
-    def norm(self, name: str) -> LayerNorm:
-        size = self._config.hidden_size
-        if not self._config.norm_has_weights:
-            return LayerNorm(size, None, None)
-        return LayerNorm(size, self.tensor(f"{name}.weight", size), self.tensor(f"{name}.bias", size))
+def _linear(weights: Weights, config: OPTConfig, names: list[str], out_size: int, in_size: int) -> Linear:
+    """Several projections of the same input are one."""
+    parts = weights.matrix([f"{name}.weight" for name in names], out_size, in_size)
+    if not config.has_bias:
+        return Linear(parts, None)
+    biases = [weights.vector(f"{name}.bias", out_size) for name in names]
+    return Linear(parts, torch.cat(biases) if len(biases) > 1 else biases[0])
 
 
-class DecoderLayer:
-    def __init__(self, reader: _Reader, config: OPTConfig, index: int, cache_index: int) -> None:
-        hidden, ffn, name = config.hidden_size, config.ffn_size, f"decoder.layers.{index}"
+def _norm(weights: Weights, config: OPTConfig, name: str) -> LayerNorm:
+    size = config.hidden_size
+    if not config.norm_has_weights:
+        return LayerNorm(size, None, None)
+    return LayerNorm(size, weights.vector(f"{name}.weight", size), weights.vector(f"{name}.bias", size))
+
+
+class Attention:
+    """With its norm and its residual connection."""
+
+    def __init__(self, weights: Weights, config: OPTConfig, index: int, cache_layer: int) -> None:
+        hidden, name = config.hidden_size, f"decoder.layers.{index}"
         self._shape_3HK = (3, config.num_heads, config.head_size)
         self._norm_first = config.norm_first
-        self._cache_index = cache_index
-        self._activation = ACTIVATIONS[config.activation]
-        self.qkv = reader.fused([f"{name}.self_attn.{part}_proj" for part in "qkv"], hidden, hidden)
-        self.out = reader.linear(f"{name}.self_attn.out_proj", hidden, hidden)
-        self.attention_norm = reader.norm(f"{name}.self_attn_layer_norm")
-        self.fc1 = reader.linear(f"{name}.fc1", ffn, hidden)
-        self.fc2 = reader.linear(f"{name}.fc2", hidden, ffn)
-        self.ffn_norm = reader.norm(f"{name}.final_layer_norm")
+        self._cache_layer = cache_layer
+        self.qkv = _linear(weights, config, [f"{name}.self_attn.{part}_proj" for part in "qkv"], hidden, hidden)
+        self.out = _linear(weights, config, [f"{name}.self_attn.out_proj"], hidden, hidden)
+        self.norm = _norm(weights, config, f"{name}.self_attn_layer_norm")
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         if self._norm_first:
-            hidden_TD = hidden_TD + self._attention(self.attention_norm(hidden_TD), layout, cache)
-            return hidden_TD + self._feed_forward(self.ffn_norm(hidden_TD))
-        hidden_TD = self.attention_norm(hidden_TD + self._attention(hidden_TD, layout, cache))
-        return self.ffn_norm(hidden_TD + self._feed_forward(hidden_TD))
+            return hidden_TD + self._attend(self.norm(hidden_TD), layout, cache)
+        return self.norm(hidden_TD + self._attend(hidden_TD, layout, cache))
 
-    def _attention(self, x_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
+    def _attend(self, x_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         qkv = QKV(*self.qkv(x_TD).view(len(x_TD), *self._shape_3HK).unbind(1))
-        return self.out(attend(qkv, layout, cache, self._cache_index).reshape(x_TD.shape))
+        return self.out(cache.attend(self._cache_layer, qkv, layout).reshape(x_TD.shape))
 
-    def _feed_forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        out_TD: torch.Tensor = self.fc2(self._activation(self.fc1(x_TD)))
-        return out_TD
+
+class FeedForward:
+    """With its norm and its residual connection."""
+
+    def __init__(self, weights: Weights, config: OPTConfig, index: int) -> None:
+        hidden, ffn, name = config.hidden_size, config.ffn_size, f"decoder.layers.{index}"
+        self._norm_first = config.norm_first
+        self._activation = ACTIVATIONS[config.activation]
+        self.fc1 = _linear(weights, config, [f"{name}.fc1"], ffn, hidden)
+        self.fc2 = _linear(weights, config, [f"{name}.fc2"], hidden, ffn)
+        self.norm = _norm(weights, config, f"{name}.final_layer_norm")
+
+    def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
+        if self._norm_first:
+            return hidden_TD + self._feed(self.norm(hidden_TD))
+        return self.norm(hidden_TD + self._feed(hidden_TD))
+
+    def _feed(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self._activation(self.fc1(x_TD)))
+
+
+class DecoderLayer:
+    """Both, for schedules that do not tell them apart."""
+
+    def __init__(self, weights: Weights, config: OPTConfig, index: int, cache_layer: int) -> None:
+        self.attention = Attention(weights, config, index, cache_layer)
+        self.feed_forward = FeedForward(weights, config, index)
+
+    def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
+        return self.feed_forward(self.attention(hidden_TD, layout, cache), layout, cache)
 
 
 class Embedding:
     """The first stage's part: tokens and positions to hidden states."""
 
-    def __init__(self, reader: _Reader, config: OPTConfig) -> None:
-        self.tokens_VE = reader.tensor("decoder.embed_tokens.weight", config.vocab_size, config.embedding_size)
-        self.positions_PD = reader.tensor(
-            "decoder.embed_positions.weight", config.max_context_len + POSITION_OFFSET, config.hidden_size
-        )
-        self.project_in = _projection(reader, "project_in", config.hidden_size, config.embedding_size)
+    def __init__(self, weights: Weights, config: OPTConfig) -> None:
+        self.tokens = weights.table("decoder.embed_tokens.weight", config.vocab_size, config.embedding_size)
+        num_positions = config.max_context_len + POSITION_OFFSET
+        self.positions = weights.table("decoder.embed_positions.weight", num_positions, config.hidden_size)
+        self.project_in = _projection(weights, "project_in", config.hidden_size, config.embedding_size)
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        x = embedding(token_ids_T, self.tokens_VE)
+        x = self.tokens(token_ids_T)
         if self.project_in is not None:
             x = self.project_in(x)
-        return x + embedding(positions_T + POSITION_OFFSET, self.positions_PD)
+        return x + self.positions(positions_T + POSITION_OFFSET)
 
 
-class Head:
-    """The last stage's part: hidden states to logits. A tied head shares the embedding where both are on one stage."""
+class HeadInput:
+    """The last stage's part before the logits: hidden states (R, D) to (R, E)."""
 
-    def __init__(self, reader: _Reader, config: OPTConfig, embedding: Embedding | None) -> None:
-        self.norm = reader.norm("decoder.final_layer_norm") if config.has_final_norm else None
-        self.project_out = _projection(reader, "project_out", config.embedding_size, config.hidden_size)
-        if config.tied_head and embedding is not None:
-            self.weight_VE = embedding.tokens_VE
-        else:
-            name = "decoder.embed_tokens.weight" if config.tied_head else "lm_head.weight"
-            self.weight_VE = reader.tensor(name, config.vocab_size, config.embedding_size)
+    def __init__(self, weights: Weights, config: OPTConfig) -> None:
+        self.norm = _norm(weights, config, "decoder.final_layer_norm") if config.has_final_norm else None
+        self.project_out = _projection(weights, "project_out", config.embedding_size, config.hidden_size)
 
     def __call__(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         x = hidden_RD if self.norm is None else self.norm(hidden_RD)
-        if self.project_out is not None:
-            x = self.project_out(x)
-        return torch.nn.functional.linear(x, self.weight_VE)
+        return x if self.project_out is None else self.project_out(x)
 
 
-def _projection(reader: _Reader, name: str, out_size: int, in_size: int) -> Linear | None:
+def _projection(weights: Weights, name: str, out_size: int, in_size: int) -> Linear | None:
     if out_size == in_size:
         return None
-    return Linear(reader.tensor(f"decoder.{name}.weight", out_size, in_size), None)
+    return Linear(weights.matrix([f"decoder.{name}.weight"], out_size, in_size), None)
 
 
-class OPTStage:
-    """Decoder layers [first, last) of an OPT, with the embedding before the first layer and the head after the last."""
+def _logits(weights: Weights, config: OPTConfig, first: int, last: int) -> Linear:
+    """Of tokens [first, last). A tied head is the embedding."""
+    name = "decoder.embed_tokens.weight" if config.tied_head else "lm_head.weight"
+    return Linear(weights.rows(name, first, last, of=(config.vocab_size, config.embedding_size)), None)
 
-    def __init__(
-        self, path: Path, config: OPTConfig, *, first: int, last: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config = config
-        with Checkpoint(path) as checkpoint:
-            reader = _Reader(checkpoint, config, dtype, device)
-            self.embedding = Embedding(reader, config) if first == 0 else None
-            self.layers = [DecoderLayer(reader, config, index, index - first) for index in range(first, last)]
-            self.head = Head(reader, config, self.embedding) if last == config.num_layers else None
-            self.num_params, self.param_bytes = reader.num_params, reader.param_bytes
 
-    def __call__(self, input_T: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
-        """Token ids (T,) or hidden states (T, D) to hidden states (T, D); `head` makes logits of them on the last stage."""
-        hidden_TD = input_T if self.embedding is None else self.embedding(input_T, layout.positions_T)
-        for layer in self.layers:
-            hidden_TD = layer(hidden_TD, layout, cache)
-        return hidden_TD
+def opt_units(config: OPTConfig, *, first: int, last: int, separate: bool, logits_rows: int | None) -> StageUnits:
+    """Decoder layers [first, last) of an OPT, with the embedding before the first layer and the head after the last.
+
+    `separate` layers are two units each. `logits_rows` cuts the head into blocks of so many tokens.
+    """
+    layers: list[Unit[Layer]] = []
+    for index in range(first, last):
+        cache_layer = index - first
+        if separate:
+            build = functools.partial(Attention, config=config, index=index, cache_layer=cache_layer)
+            layers.append(Unit(f"layer {index} attention", build, cache_layer))
+            layers.append(Unit(f"layer {index} feed-forward", functools.partial(FeedForward, config=config, index=index)))
+        else:
+            layers.append(
+                Unit(
+                    f"layer {index}",
+                    functools.partial(DecoderLayer, config=config, index=index, cache_layer=cache_layer),
+                    cache_layer,
+                )
+            )
+    embedding = Unit("embedding", functools.partial(Embedding, config=config)) if first == 0 else None
+    if last < config.num_layers:
+        return StageUnits(embedding, tuple(layers))
+    step = logits_rows or config.vocab_size
+    bounds = [(row, min(row + step, config.vocab_size)) for row in range(0, config.vocab_size, step)]
+    logits = [
+        Unit(f"head, tokens {a} to {b - 1}", functools.partial(_logits, config=config, first=a, last=b)) for a, b in bounds
+    ]
+    return StageUnits(embedding, tuple(layers), Unit("head", functools.partial(HeadInput, config=config)), tuple(logits))

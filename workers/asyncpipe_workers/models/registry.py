@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
-import torch
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.models.opt import OPTConfig, OPTStage
+from asyncpipe_workers.models.opt import OPTConfig, opt_units
+from asyncpipe_workers.models.units import StageUnits
 
-FAMILIES = {"OPTForCausalLM": (OPTConfig, OPTStage)}
+
+class ModelConfig(Protocol):
+    """What a stage needs to know of any family's configuration."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def head_size(self) -> int: ...
 
 
-def load_stage(path: Path, config_json: str, *, first: int, last: int, dtype: torch.dtype, device: torch.device) -> OPTStage:
-    """Raises Invalid for an architecture that is not supported, and for a checkpoint that cannot be read."""
+class Family(NamedTuple):
+    """`config` reads a config.json; `units(config, first=, last=, separate=, logits_rows=)` are the layers of a stage."""
+
+    config: Callable[[dict[str, Any]], ModelConfig]
+    units: Callable[..., StageUnits]
+
+
+FAMILIES = {"OPTForCausalLM": Family(OPTConfig.from_json, opt_units)}
+
+
+def find_family(config_json: str) -> tuple[Family, ModelConfig]:
+    """Raises Invalid for an architecture that is not supported, and for a configuration that cannot be."""
     try:
-        config = json.loads(config_json)
+        fields = json.loads(config_json)
     except ValueError as error:
         raise Invalid(f"the model's configuration is not JSON: {error}") from None
-    for name in config.get("architectures") or ():
+    for name in fields.get("architectures") or ():
         if name in FAMILIES:
-            config_type, stage_type = FAMILIES[name]
-            return stage_type(path, config_type.from_json(config), first=first, last=last, dtype=dtype, device=device)
-    raise Invalid(f"{path}: {config.get('architectures')} is not supported; supported: {', '.join(FAMILIES)}")
+            return FAMILIES[name], FAMILIES[name].config(fields)
+    raise Invalid(f"{fields.get('architectures')} is not supported; supported: {', '.join(FAMILIES)}")

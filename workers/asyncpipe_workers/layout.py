@@ -1,0 +1,93 @@
+"""The layout of one step: which of its rows are whose.
+
+A step is ragged: one new token of each of B continuing sequences, then chunks of prompts, end to end. Nothing is padded, unless
+the coordinator asks for rows of padding to show what they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from asyncpipe_workers.sampling import Sampler
+
+
+@dataclass(slots=True)
+class Member:
+    """One sequence. `length` counts its tokens in the cache; `sampler` knows all its tokens."""
+
+    number: int
+    slot: int
+    sampler: Sampler
+    length: int = 0
+
+
+class Row(NamedTuple):
+    """A sequence that goes on by one token: `length` with it."""
+
+    slot: int
+    length: int
+
+
+class Span(NamedTuple):
+    """Rows [start, end) of the step are tokens of `member`, from position `position` on."""
+
+    member: Member
+    start: int
+    end: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """What the layers need to know. T rows in total, the first B of which continue a sequence each."""
+
+    token_ids: list[int]  # T; only the first stage looks at them
+    positions_T: torch.Tensor
+    rows: list[Row]  # B
+    slots_B: torch.Tensor
+    places_B: torch.Tensor  # where the new token goes
+    spans: list[Span]
+    padding: int
+    sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
+    sampled_rows: torch.Tensor | None = None  # of each
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def batches(self, num_sequences: int) -> Iterator[Batch]:
+        """Parts of at most `num_sequences` sequences, one after the other."""
+        if len(self.rows) + len(self.spans) <= num_sequences:
+            yield Batch(self, slice(0, len(self)))
+            return
+        for first in range(0, len(self.rows), num_sequences):
+            yield self._batch(slice(first, min(first + num_sequences, len(self.rows))), [])
+        for first in range(0, len(self.spans), num_sequences):
+            spans = self.spans[first : first + num_sequences]
+            yield self._batch(slice(spans[0].start, spans[-1].end), spans)
+        if self.padding:
+            yield self._batch(slice(len(self) - self.padding, len(self)), [], padding=self.padding)
+
+    def _batch(self, rows: slice, spans: list[Span], *, padding: int = 0) -> Batch:
+        """`rows` all continue a sequence each, or are those of `spans`, or padding."""
+        continuing = slice(0, 0) if spans or padding else rows
+        layout = StepLayout(
+            token_ids=self.token_ids[rows],
+            positions_T=self.positions_T[rows],
+            rows=self.rows[continuing],
+            slots_B=self.slots_B[continuing],
+            places_B=self.places_B[continuing],
+            spans=[span._replace(start=span.start - rows.start, end=span.end - rows.start) for span in spans],
+            padding=padding,
+        )
+        return Batch(layout, rows)
+
+
+class Batch(NamedTuple):
+    """Part of a step: its own layout, and which rows of the step it is."""
+
+    layout: StepLayout
+    rows: slice

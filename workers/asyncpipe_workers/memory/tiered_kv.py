@@ -1,0 +1,393 @@
+"""Keys and values on several memory tiers.
+
+Each token's keys and values have a home tier; a sequence's tokens on a tier are one stretch of it. Attention does not ask in
+which order past tokens come, so it is computed over the stretches: those on the device where they are, the others brought to
+a workspace on the device while the batch before is computed; the new tokens' own keys and values are at hand. New ones are
+brought home meanwhile too.
+
+Shapes: T rows of a step, C past tokens, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from asyncpipe.errors import Invalid
+from asyncpipe.policy import Policy
+from asyncpipe.wire.messages import TierBytes
+from asyncpipe_workers.attention import QKV, KeysValues, attend_chunk
+from asyncpipe_workers.layout import Row, Span, StepLayout
+from asyncpipe_workers.memory.disk import new_buffer
+from asyncpipe_workers.memory.kv import KVShape
+from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
+from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely
+from asyncpipe_workers.memory.shares import Apportionment, Counts
+from asyncpipe_workers.memory.token_stores import DiskTokens, MemoryTokens, Part
+from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, TransferLog
+
+KEYS, VALUES = 0, 1
+NUM_WORKSPACES = 2  # of the batch that is computed, and of the next
+HOST = torch.device("cpu")
+
+
+class Growth(NamedTuple):
+    """A sequence's tokens on each tier before the step at hand, and those that it adds."""
+
+    old: Counts
+    added: Counts
+
+
+class _Homeward(NamedTuple):
+    """New keys or values (n, H, K) whose homes are not on the device."""
+
+    part: Part
+    slot: int
+    old: Counts
+    added: Counts
+    x_THK: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Workspace:
+    """Numbers on the device: keys, then values, of all tokens that a batch needs from elsewhere."""
+
+    memory: torch.Tensor
+    in_use: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """What a batch needs for a layer, on its way. `starts` says where each slot's tokens begin in the workspace."""
+
+    workspace: Workspace
+    keys: torch.Tensor  # (C, H, K)
+    values: torch.Tensor
+    starts: dict[int, int]
+    tasks: list[Future[None]]
+
+
+class TieredKV:
+    """A `KVCache`. Use it from one thread; other threads only move bytes."""
+
+    def __init__(
+        self,
+        shape: KVShape,
+        policy: Policy,
+        *,
+        num_blocks: int,
+        device: torch.device,
+        directory: Path,
+        pool: Executor,
+        log: TransferLog,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self._shape = shape
+        self._policy = policy
+        self._device = device
+        self._pool = pool
+        self._log = log
+        self._codec = GroupCodec(policy.comp_cache_config.group_size) if policy.compress_cache else None
+        self._split = Apportionment(policy.cache)
+        self._free = list(range(shape.max_sequences))[::-1]
+        self._lengths = [Counts()] * shape.max_sequences
+        self._growth: dict[int, Growth] = {}
+        most = self._split.most(shape.max_context_len)
+        sizes = {"max_sequences": shape.max_sequences, "token_bytes": self.token_bytes}
+        self._on_device = MemoryTokens(num_layers=shape.num_layers, capacity=most.device, device=device, **sizes)
+        self._on_host = MemoryTokens(num_layers=shape.num_layers, capacity=most.host, device=HOST, **sizes)
+        self._on_disk = DiskTokens(directory, capacity=most.disk, **sizes) if most.disk else None
+        self._workspaces = [Workspace(torch.empty(0, dtype=shape.dtype, device=device)) for _ in range(NUM_WORKSPACES)]
+        self._fetches: dict[tuple[int, int], Fetch] = {}
+        self._stores: list[list[Future[None]]] = [[] for _ in range(shape.num_layers)]
+
+    @property
+    def token_bytes(self) -> int:
+        """As they are stored: one token's keys, or values, in one layer."""
+        return self._shape.num_heads * self._head_bytes
+
+    @property
+    def tier_bytes(self) -> TierBytes:
+        """Of all the tokens that there is room for."""
+        num_bytes = self.num_blocks * self._shape.block_tokens * self._shape.num_layers * 2 * self.token_bytes
+        device, host = (int(num_bytes * share / 100) for share in self._policy.cache[:2])
+        return TierBytes(device, host, num_bytes - device - host)
+
+    # --- slots ---
+
+    def open(self) -> int:
+        if not self._free:
+            raise Invalid(f"more than {self._shape.max_sequences} sequences at once")
+        return self._free.pop()
+
+    def close(self, slot: int) -> None:
+        self._await_stores(range(self._shape.num_layers))
+        self._split.remove(self._lengths[slot])
+        self._lengths[slot] = Counts()
+        self._growth.pop(slot, None)
+        for tier in (self._on_device, self._on_host):
+            tier.release(slot)
+        self._free.append(slot)
+
+    def close_files(self) -> None:
+        if self._on_disk is not None:
+            self._on_disk.close()
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Decides where the new tokens' homes are."""
+        if length > self._shape.max_context_len:
+            raise Invalid(f"a sequence of {length} tokens in a context of {self._shape.max_context_len}")
+        old = self._lengths[slot]
+        added = self._split.extend(old, length - sum(old))
+        if sum(self._split.total) > self.num_blocks * self._shape.block_tokens:
+            raise Invalid(f"{sum(self._split.total)} tokens of keys and values; there is room for fewer")
+        self._growth[slot] = Growth(old, added)
+        self._lengths[slot] = old.plus(added)
+
+    # --- attention ---
+
+    def prefetch(self, layer: int, layout: StepLayout) -> None:
+        key = (layer, id(layout))
+        if key not in self._fetches and (fetch := self._fetch(layer, layout)) is not None:
+            self._fetches[key] = fetch
+
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+        self.prefetch(layer, layout)
+        fetch = self._fetches.pop((layer, id(layout)), None)
+        if fetch is not None:
+            for task in fetch.tasks:
+                self._log.wait(task, f"keys and values of layer {layer}")
+        out_THK = torch.empty_like(qkv.q_THK)
+        for index, row in enumerate(layout.rows):
+            out_THK[index] = self._attend_row(layer, index, row, qkv, fetch)
+        for span in layout.spans:
+            out_THK[span.start : span.end] = self._attend_span(layer, span, qkv, fetch)
+        if layout.padding:
+            out_THK[len(out_THK) - layout.padding :] = 0
+        self._store(layer, qkv, layout)
+        if fetch is not None:
+            self._leave(fetch.workspace)
+        return out_THK
+
+    def _attend_row(self, layer: int, index: int, row: Row, qkv: QKV, fetch: Fetch | None) -> torch.Tensor:
+        """(H, K): one new token over the past ones and itself."""
+        own = slice(index, index + 1)
+        segments = self._segments(layer, row.slot, fetch)
+        newest = KeysValues(qkv.k_THK[own], qkv.v_THK[own])
+        if self._policy.attn_sparsity < 1.0:
+            return attend_sparsely(qkv.q_THK[index], segments, newest, sparsity=self._policy.attn_sparsity)
+        return attend_densely(qkv.q_THK[index], segments, newest)
+
+    def _attend_span(self, layer: int, span: Span, qkv: QKV, fetch: Fetch | None) -> torch.Tensor:
+        """(T, H, K): a chunk of a prompt over what came before it and itself."""
+        rows, slot = slice(span.start, span.end), span.member.slot
+        segments = self._segments(layer, slot, fetch, whole=True) if span.position else []
+        keys = torch.cat([*(segment.keys.to(self._device) for segment in segments), qkv.k_THK[rows]])
+        values = torch.cat([*(segment.whole_values().to(self._device) for segment in segments), qkv.v_THK[rows]])
+        return attend_chunk(qkv.q_THK[rows], KeysValues(keys.transpose(0, 1), values.transpose(0, 1)))
+
+    # --- past tokens ---
+
+    def _segments(self, layer: int, slot: int, fetch: Fetch | None, *, whole: bool = False) -> list[Segment]:
+        """Stretches of past tokens, each (C, H, K), where attention can use them. `whole`: values are wanted all of them."""
+        old, segments = self._growth[slot].old, []
+        if old.device and not self._codec:
+            segments.append(self._in_place(self._on_device, layer, slot, old.device))
+        if old.host and self._uses_host_in_place(whole):
+            segments.append(self._in_place(self._on_host, layer, slot, old.host))
+        if fetch is not None and (count := self._num_fetched(old, whole)):
+            start = fetch.starts[slot]
+            stretch = slice(start, start + count)
+            if self._fetches_values(whole):
+                segments.append(Segment(fetch.keys[stretch], fetch.values[stretch]))
+            else:
+                segments.append(Segment(fetch.keys[stretch], None, self._gather(layer, slot, old)))
+        return segments
+
+    def _in_place(self, tokens: MemoryTokens, layer: int, slot: int, count: int) -> Segment:
+        keys, values = (self._numbers(tokens.rows(Part(layer, which), slot, 0, count)) for which in (KEYS, VALUES))
+        return Segment(keys, values)
+
+    def _uses_host_in_place(self, whole: bool) -> bool:
+        return self._policy.cpu_cache_compute and not self._codec and not whole
+
+    def _fetches_values(self, whole: bool) -> bool:
+        return whole or self._policy.attn_sparsity >= 1.0
+
+    def _num_fetched(self, old: Counts, whole: bool) -> int:
+        """Tokens that are brought to the workspace."""
+        return (old.device if self._codec else 0) + (0 if self._uses_host_in_place(whole) else old.host) + old.disk
+
+    def _gather(self, layer: int, slot: int, old: Counts) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of the fetched tokens, single values: (H, n) indices to (H, n, K)."""
+        part, num_host = Part(layer, VALUES), 0 if self._uses_host_in_place(False) else old.host
+
+        def gather(chosen_HN: torch.Tensor) -> torch.Tensor:
+            unique_U, places_HN = torch.unique(chosen_HN.cpu(), return_inverse=True)
+            found = torch.empty(len(unique_U), self.token_bytes, dtype=torch.uint8)
+            from_host = unique_U < num_host
+            if num_host:
+                found[from_host] = self._on_host.rows(part, slot, 0, num_host)[unique_U[from_host]]
+            if self._on_disk is not None and not bool(from_host.all()):
+                found[~from_host] = self._on_disk.gather(part, slot, (unique_U[~from_host] - num_host).tolist())
+            values_UHK = self._numbers(found).to(self._device)
+            heads_H1 = torch.arange(len(chosen_HN), device=self._device)[:, None]
+            return values_UHK[places_HN.to(self._device), heads_H1]
+
+        return gather
+
+    # --- bringing past tokens here ---
+
+    def _fetch(self, layer: int, layout: StepLayout) -> Fetch | None:
+        """Begin to; None when nothing has to come."""
+        wanted = [(row.slot, False) for row in layout.rows] + [(s.member.slot, True) for s in layout.spans if s.position]
+        starts, total = {}, 0
+        for slot, whole in wanted:
+            starts[slot] = total
+            total += self._num_fetched(self._growth[slot].old, whole)
+        if not total:
+            return None
+        workspace, keys, values = self._enter(total)
+        before = list(self._stores[layer])
+        tasks = [
+            self._pool.submit(
+                self._bring,
+                Part(layer, which),
+                slot,
+                self._growth[slot].old,
+                whole,
+                (keys, values)[which],
+                starts[slot],
+                before,
+            )
+            for slot, whole in wanted
+            for which in (KEYS, VALUES)
+            if self._num_fetched(self._growth[slot].old, whole) and (which == KEYS or self._fetches_values(whole))
+        ]
+        fetch = Fetch(workspace, keys, values, starts, tasks)
+        if not self._policy.overlap:
+            for task in tasks:
+                self._log.wait(task, f"keys and values of layer {layer}")
+        return fetch
+
+    @torch.inference_mode()
+    def _bring(
+        self,
+        part: Part,
+        slot: int,
+        old: Counts,
+        whole: bool,
+        target: torch.Tensor,
+        start: int,
+        before: Sequence[Future[None]],
+    ) -> None:
+        """Copy, read and unpack one sequence's tokens, once those of earlier steps have been brought home."""
+        for store in before:
+            store.result(timeout=TRANSFER_TIMEOUT_S)
+        with self._log.moving(self._num_fetched(old, whole) * self.token_bytes):
+            if self._codec and old.device:
+                start = self._put(target, start, self._on_device.rows(part, slot, 0, old.device))
+            if old.host and not self._uses_host_in_place(whole):
+                start = self._put(target, start, self._on_host.rows(part, slot, 0, old.host))
+            if old.disk and self._on_disk is not None:
+                self._read(part, slot, old.disk, target[start : start + old.disk])
+
+    def _read(self, part: Part, slot: int, count: int, target: torch.Tensor) -> None:
+        assert self._on_disk is not None  # noqa: S101 - asked by the only caller
+        if self._codec is None and self._device.type == "cpu":
+            self._on_disk.read(part, slot, 0, target.view(count, -1).view(torch.uint8))
+            return
+        rows = torch.empty(count, self.token_bytes, dtype=torch.uint8)
+        self._on_disk.read(part, slot, 0, rows)
+        self._put(target, 0, rows)
+
+    def _put(self, target: torch.Tensor, start: int, rows: torch.Tensor) -> int:
+        """Stored rows as numbers into `target` from `start` on; returns where they end."""
+        end = start + len(rows)
+        if self._codec is None:
+            target[start:end] = self._numbers(rows)
+        else:
+            heads = rows.to(self._device).view(len(rows), self._shape.num_heads, self._head_bytes)
+            self._codec.decode(heads, self._shape.head_size, dtype=self._shape.dtype, out=target[start:end])
+        return end
+
+    def _enter(self, num_tokens: int) -> tuple[Workspace, torch.Tensor, torch.Tensor]:
+        workspace = next((w for w in self._workspaces if not w.in_use), None)
+        if workspace is None:
+            raise Invalid("more batches are fetched ahead than there are workspaces")
+        workspace.in_use = True
+        half = num_tokens * self._shape.num_heads * self._shape.head_size
+        if workspace.memory.numel() < 2 * half:
+            workspace.memory = self._new_workspace(2 * half)
+        size_CHK = (num_tokens, self._shape.num_heads, self._shape.head_size)
+        return workspace, workspace.memory[:half].view(size_CHK), workspace.memory[half : 2 * half].view(size_CHK)
+
+    def _new_workspace(self, size: int) -> torch.Tensor:
+        dtype = self._shape.dtype
+        if self._device.type == "cpu":
+            return new_buffer(size * dtype.itemsize).view(dtype)
+        return torch.empty(size, dtype=dtype, device=self._device)
+
+    def _leave(self, workspace: Workspace) -> None:
+        if POISON:
+            workspace.memory.view(torch.uint8).fill_(POISON_BYTE)
+        workspace.in_use = False
+
+    # --- bringing new tokens home ---
+
+    def _store(self, layer: int, qkv: QKV, layout: StepLayout) -> None:
+        ranges = [(row.slot, index, index + 1) for index, row in enumerate(layout.rows)]
+        ranges += [(span.member.slot, span.start, span.end) for span in layout.spans]
+        elsewhere = []
+        for slot, start, end in ranges:
+            old, added = self._growth[slot]
+            for which, x_THK in ((KEYS, qkv.k_THK), (VALUES, qkv.v_THK)):
+                if added.device:
+                    rows = self._stored(x_THK[start : start + added.device])
+                    self._on_device.rows(Part(layer, which), slot, old.device, old.device + added.device).copy_(rows)
+                if added.host or added.disk:
+                    elsewhere.append(_Homeward(Part(layer, which), slot, old, added, x_THK[start + added.device : end]))
+        self._stores[layer] = [store for store in self._stores[layer] if not store.done() or store.exception()]
+        if elsewhere:
+            self._stores[layer].append(self._pool.submit(self._bring_home, elsewhere))
+        if not self._policy.overlap:
+            self._await_stores([layer])
+
+    @torch.inference_mode()
+    def _bring_home(self, parts: Sequence[_Homeward]) -> None:
+        for part, slot, old, added, x_THK in parts:
+            rows = self._stored(x_THK).to(HOST)
+            with self._log.moving(rows.numel()):
+                if added.host:
+                    self._on_host.rows(part, slot, old.host, old.host + added.host).copy_(rows[: added.host])
+                if added.disk and self._on_disk is not None:
+                    self._on_disk.write(part, slot, old.disk, rows[added.host :])
+
+    def _await_stores(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            for store in self._stores[layer]:
+                self._log.wait(store, f"storing keys and values of layer {layer}")
+            self._stores[layer].clear()
+
+    # --- forms ---
+
+    @property
+    def _head_bytes(self) -> int:
+        size = self._shape.head_size
+        return self._codec.packed_size(size) if self._codec else size * self._shape.dtype.itemsize
+
+    def _numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Plain stored rows (n, B) as (n, H, K)."""
+        return rows.view(self._shape.dtype).view(len(rows), self._shape.num_heads, self._shape.head_size)
+
+    def _stored(self, x_THK: torch.Tensor) -> torch.Tensor:
+        """(n, H, K) as they are stored, (n, B)."""
+        if self._codec is not None:
+            return self._codec.encode(x_THK).view(len(x_THK), -1)
+        return x_THK.reshape(len(x_THK), -1).view(torch.uint8)
