@@ -19,6 +19,7 @@ from asyncpipe.errors import (
     Timeout,
     WireError,
 )
+from asyncpipe.policy import Compression, Placement, Policy
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,11 @@ __all__ = [
     "Choice",
     "Client",
     "Closed",
+    "Compression",
     "Generation",
     "Invalid",
+    "Placement",
+    "Policy",
     "Refused",
     "RemoteError",
     "StageLost",

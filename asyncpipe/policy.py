@@ -8,7 +8,8 @@ are given for device and host; the rest is on disk.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 from asyncpipe.errors import Invalid
@@ -150,7 +151,34 @@ class Policy:
 
 
 def _shares(device: float, host: float) -> Shares:
-    return Shares(device, host, max(100.0 - device - host, 0.0))
+    disk = 100.0 - device - host
+    return Shares(device, host, disk if disk > 1e-9 else 0.0)  # 33.3 + 66.7 is not quite 100
 
 
 POLICY_FIELDS = tuple(field.name for field in fields(Policy))
+PERCENT_FIELDS = tuple(name for name in POLICY_FIELDS if name.endswith("_percent"))  # in the order of `--percent`
+_CONFIG_FIELDS = ("comp_weight_config", "comp_cache_config")
+
+
+def policy_flags(policy: Policy) -> list[str]:
+    """The command line's flags for it: those that differ from the defaults."""
+    default = Policy()
+    changed = {name: getattr(policy, name) for name in POLICY_FIELDS if getattr(policy, name) != getattr(default, name)}
+    configs = {name: asdict(value) for name, value in changed.items() if name in _CONFIG_FIELDS}
+    flags = ["--policy", json.dumps(configs)] if configs else []
+    if changed.keys() & set(PERCENT_FIELDS):
+        flags += ["--percent", *(_text(getattr(policy, name)) for name in PERCENT_FIELDS)]
+    for name, value in changed.items():
+        if name not in (*PERCENT_FIELDS, *_CONFIG_FIELDS):
+            flags += [f"--{name.replace('_', '-')}", _text(value)]
+    return flags
+
+
+def _text(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return repr(int(value) if value.is_integer() else value)
+        case _:
+            return str(value)

@@ -30,7 +30,7 @@ class OPTOracle:
         self.weights = {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
         if weight_codec is not None:
             for name, tensor in self.weights.items():
-                if tensor.ndim > 1 and not name.endswith("embed_positions.weight"):
+                if tensor.ndim > 1 and "embed" not in name:  # matrices of the layers
                     self.weights[name] = there_and_back(tensor, weight_codec)
         self.cache_codec = cache_codec
         self.sparsity = sparsity

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from asyncpipe.actors import Actor, ActorSystem
 from asyncpipe.client.client import CONTROL_TIMEOUT_S, Client, connect
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, Timeout, from_data
+from asyncpipe.policy import Policy, policy_flags
 from asyncpipe.process import ChildProcess
 from asyncpipe.wire.messages import ServiceAnnouncement, ServiceFailed, ServiceReady
 
@@ -52,11 +53,17 @@ async def local(
     device: str = "cpu",
     dtype: str = "auto",
     threads_per_stage: int | None = None,
+    policy: Policy | None = None,
+    offload_dir: str | Path | None = None,
+    device_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    load_format: str | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> AsyncIterator[Client]:
     """Run `model` (a Hugging Face directory or hub name; None: the small bundled one) on this machine, cut into `stages`.
 
-    The arguments are the flags of `asyncpipe-coordinator serve`; `kv_memory` is of each stage, like "2GiB", or bytes.
+    The arguments are the flags of `asyncpipe-coordinator serve`; sizes are of each stage, like "2GiB", or bytes. `policy` says
+    where weights, keys and values, and activations live; from `device_memory` and `host_memory` its percentages are derived.
 
     Yields a connected client; on exit every process is stopped and reaped. Raises Invalid for a bad model or argument,
     StageLost when a worker died at its start, Timeout when the start took longer than `start_timeout_s`.
@@ -71,8 +78,13 @@ async def local(
         "device": device,
         "dtype": dtype,
         "threads-per-stage": threads_per_stage,
+        "offload-dir": offload_dir,
+        "device-memory": device_memory,
+        "host-memory": host_memory,
+        "load-format": load_format,
     }
     flags = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+    flags += policy_flags(policy) if policy is not None else []
     token = secrets.token_hex(16)
     async with ActorSystem("launcher", role="launcher", token=token) as system:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()

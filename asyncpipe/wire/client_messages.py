@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from asyncpipe.errors import ErrorData
+from asyncpipe.policy import Policy
 from asyncpipe.wire.fields import (
     MAX_CONTEXT_TOKENS,
     MAX_SEQUENCES_PER_STEP,
@@ -23,7 +24,7 @@ from asyncpipe.wire.fields import (
     TokenIds,
 )
 from asyncpipe.wire.sampling import FinishReason, Sampling, TokenLogprobs
-from asyncpipe.wire.tiers import TierReport
+from asyncpipe.wire.tiers import TierReport, TransferReport
 
 # --- client -> coordinator --------------------------------------------------------------------------------------------
 
@@ -76,11 +77,13 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     steps: Count = 0
     busy_s: Seconds = 0.0
     busy_share: float = 0.0
-    io_wait_s: Seconds = 0.0  # of busy_s: the compute thread waited for bytes of another memory tier
-    io_bytes: Count = 0  # moved between memory tiers
+    transfers: TransferReport = TransferReport()  # between memory tiers; waits for them are part of busy_s
+    peak_host_bytes: Count = 0  # of the worker process
+    peak_device_bytes: Count = 0  # on a GPU
     idle: IdleTimes = IdleTimes()
     kv_blocks: Count = 0  # blocks that fit into this stage's KV memory
-    tiers: TierReport = TierReport()
+    policy: Policy = Policy()  # what was asked for
+    tiers: TierReport = TierReport()  # what became of it
 
 
 class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ from asyncpipe.wire.stage_messages import (
     Tokens,
     Welcome,
 )
-from asyncpipe.wire.tiers import TierBytes, TierReport
+from asyncpipe.wire.tiers import Moved, TierBytes, TierReport, TransferReport
 
 
 class ServiceReady(Message, frozen=True, kw_only=True):
@@ -93,6 +93,7 @@ __all__ = [
     "KVStatus",
     "LoadStage",
     "Message",
+    "Moved",
     "Opened",
     "Piece",
     "PipelineStatus",
@@ -118,6 +119,7 @@ __all__ = [
     "ToStage",
     "TokenLogprobs",
     "Tokens",
+    "TransferReport",
     "Updates",
     "Usage",
     "Welcome",

@@ -27,7 +27,7 @@ from asyncpipe.wire.fields import (
 )
 from asyncpipe.wire.sampling import Sampling, TokenLogprobs
 from asyncpipe.wire.tensors import Tensor
-from asyncpipe.wire.tiers import TierReport
+from asyncpipe.wire.tiers import TierReport, TransferReport
 
 MAX_SPANS_PER_MESSAGE = 8192
 
@@ -171,8 +171,9 @@ class StageCounters(Message, frozen=True, kw_only=True):
     busy_s: Seconds
     send_wait_s: Seconds
     span_s: Seconds  # to the end of the last step
-    io_wait_s: Seconds = 0.0  # of busy_s: waiting for weights, keys and values, or activations from another tier
-    io_bytes: Count = 0  # moved between tiers
+    transfers: TransferReport = TransferReport()
+    peak_host_bytes: Count = 0  # of the whole process
+    peak_device_bytes: Count = 0  # on a GPU
 
 
 class ClockReading(Message, frozen=True, kw_only=True):

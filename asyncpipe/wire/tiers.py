@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from asyncpipe.wire.fields import Count
+from asyncpipe.wire.fields import Count, Seconds
 
 
 class TierBytes(msgspec.Struct, frozen=True, array_like=True):
@@ -27,3 +27,33 @@ class TierReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache: TierBytes = TierBytes()
     activations: TierBytes = TierBytes()
     buffers: Count = 0
+
+
+class Moved(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes that went from one tier to another, the seconds that all threads spent on them, and those of the compute thread
+    waiting for them."""
+
+    num_bytes: Count = 0
+    busy_s: Seconds = 0.0
+    wait_s: Seconds = 0.0
+
+
+class TransferReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What has moved since the stage was loaded."""
+
+    weights: Moved = Moved()
+    cache_loads: Moved = Moved()
+    cache_stores: Moved = Moved()
+    activations: Moved = Moved()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(moved.num_bytes for moved in self._all)
+
+    @property
+    def wait_s(self) -> float:
+        return sum(moved.wait_s for moved in self._all)
+
+    @property
+    def _all(self) -> tuple[Moved, ...]:
+        return self.weights, self.cache_loads, self.cache_stores, self.activations

@@ -11,7 +11,8 @@ from typing import Any
 
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
-from asyncpipe_coordinator.options import Parser, add_model_options, add_sampling_options, check_log_level, config_of
+from asyncpipe_coordinator.flags import Parser
+from asyncpipe_coordinator.options import add_model_options, add_sampling_options, check_log_level, config_of
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -31,6 +32,7 @@ GENERATE_EPILOG = """examples:
   asyncpipe-coordinator generate --prompt 'def ' --stages 2
   asyncpipe-coordinator generate ./opt-1.3b --stages 3 --split 8,8,8 --prompt Hello --prompt World --json
   asyncpipe-coordinator generate --prompt-file prompts.txt --temperature 0.8 --seed 7
+  asyncpipe-coordinator generate ./opt-30b --percent 20 80 0 100 100 0 --gpu-batch-size 48 --num-gpu-batches 3 --prompt Hi
   echo 'class Stack:' | asyncpipe-coordinator generate
 """
 
@@ -62,6 +64,17 @@ STATUS_EPILOG = """examples:
 """
 
 
+CONVERT_EPILOG = """examples:
+  asyncpipe-coordinator convert facebook/opt-1.3b ./opt-1.3b                      quicker to load, and to read in place
+  asyncpipe-coordinator convert ./opt-30b ./opt-30b-4bit --compress-weight        a quarter of the bytes
+  asyncpipe-coordinator convert ./opt-1.3b-np ./opt-1.3b --dtype float16 --json   FlexLLMGen's weights
+  asyncpipe-coordinator convert ./opt-30b-4bit --verify                           are all files as they were written?
+
+MODEL may be any form of checkpoint. TARGET becomes a Hugging Face checkpoint, with one file for each layer. It appears whole
+or not at all.
+"""
+
+
 def build_parser() -> Parser:
     parser = _parser("asyncpipe-coordinator", "Pipeline-parallel LLM inference: cut a model into stages and run it.", EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
@@ -69,6 +82,7 @@ def build_parser() -> Parser:
     _add_batch(commands)
     _add_serve(commands)
     _add_status(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -102,6 +116,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from asyncpipe_coordinator.status import status
 
         return run(lambda: status(arguments))
+    if arguments.command == "convert":
+        from asyncpipe_coordinator.convert import convert, worker_arguments
+
+        argv = worker_arguments(arguments)
+        return run(lambda: convert(arguments, argv))
     command = _model_command(arguments.command)
     config = config_of(arguments)
     return run(lambda: command(arguments, config))
@@ -168,6 +187,20 @@ def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _subparser(commands, "status", "Show what a running coordinator does.", STATUS_EPILOG)
     parser.add_argument("address", nargs="?", default=DEFAULT_BIND, metavar="ADDRESS", help=f"default: {DEFAULT_BIND}")
     parser.option("--json", action="store_true", help="all of it as one JSON object")
+    parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
+
+
+def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "convert", "Make a checkpoint that is quick to load, and may be compressed.", CONVERT_EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name, or FlexLLMGen's weights")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="the directory to make")
+    parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as it is stored)")
+    parser.switch("--compress-weight", help="matrices in 4 bits, by groups (default: false)")
+    parser.option("--group-size", type=int, default=64, metavar="N", help="numbers that share a scale (default: 64)")
+    parser.option("--verify", action="store_true", help="convert nothing; compare TARGET with its checksums")
+    parser.option("--overwrite", action="store_true", help="replace TARGET")
+    parser.option("--json", action="store_true", help="the summary as JSON on stdout")
+    parser.option("--quiet", action="store_true", help="no progress, no summary")
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
 

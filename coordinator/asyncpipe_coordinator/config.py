@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import MAX_BATCHES, Placement, Policy
 from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS
 from asyncpipe_coordinator.core.limits import Schedule
 
 MAX_STAGES = 256
 MAX_MICRO_BATCHES = 1024
-MAX_SEQUENCES = 4096
+MAX_SEQUENCES = MAX_BATCHES
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEFAULT_POLICY = Policy()
+STEP_TOKENS = 512
+STREAMING_STEP_TOKENS = 4096  # a step costs a pass over all weights, so it should be large
+STEP_TIMEOUT_S = 120.0
+STREAMING_STEP_TIMEOUT_S = 3600.0  # a pass over a large model on a disk takes long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
     """Validated on creation: raises Invalid with one line that names the flag."""
 
-    checkpoint: Path
+    checkpoint: Path  # with dummy weights it may be only the name of a known shape
+    dummy_weights: bool = False  # random ones: the checkpoint's files are not needed
     num_stages: int = 1
     split: tuple[int, ...] | None = None  # decoder layers of each stage; None: even
     num_micro_batches: int | None = None  # None: chosen from what is measured, and chosen again as that changes
-    max_sequences: int = 32  # in one micro-batch
-    max_step_tokens: int = 512  # prompt tokens and sequences of one step together
-    kv_bytes: int | None = None  # of each stage; None: a share of what is free
+    max_sequences: int | None = None  # in one micro-batch; None: the policy's block
+    max_step_tokens: int | None = None  # prompt tokens and sequences of one step together; None: by the policy
+    policy: Policy | tuple[Policy, ...] = DEFAULT_POLICY  # of all stages, or of each
+    device_memory: int | None = None  # bytes of each stage, from which percentages are derived; None: the policy has them
+    host_memory: int | None = None  # ... and bytes on the host; None: there is room for all
+    offload_dir: Path | None = None  # for what is on disk; None: the system's temporary folder
+    kv_bytes: int | tuple[int, ...] | None = None  # of each stage; None: a share of what is free
     kv_block_tokens: int = 32
     schedule: Schedule = Schedule.CONTINUOUS
     max_waiting: int = 4096  # requests that wait for a place before the answer is Busy
@@ -38,7 +50,7 @@ class ServiceConfig:
     restart_period_s: float = 60.0
     join_timeout_s: float = 60.0
     load_timeout_s: float = 600.0
-    step_timeout_s: float = 120.0
+    step_timeout_s: float | None = None  # None: by the policy
 
     def __post_init__(self) -> None:
         _check_range("--stages", self.num_stages, low=1, high=MAX_STAGES)
@@ -46,12 +58,36 @@ class ServiceConfig:
             _check_range("--micro-batches", self.num_micro_batches, low=1, high=MAX_MICRO_BATCHES)
         if self.threads_per_stage is not None:
             _check_range("--threads-per-stage", self.threads_per_stage, low=1, high=1024)
-        _check_range("--max-sequences", self.max_sequences, low=1, high=MAX_SEQUENCES)
-        _check_range("--max-step-tokens", self.max_step_tokens, low=1, high=MAX_CONTEXT_TOKENS)
+        _check_range("--max-sequences", self.micro_batch_sequences, low=1, high=MAX_SEQUENCES)
+        _check_range("--max-step-tokens", self.step_tokens, low=1, high=MAX_CONTEXT_TOKENS)
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
         if self.simulation is None and self.device != "cpu" and not self.device.startswith("cuda"):
             raise Invalid(f"--device {self.device}: use cpu, cuda or sim:layer_ms=10")
+        self._check_policies()
+        if self.offload_dir is not None:
+            _check_directory("--offload-dir", self.offload_dir)
+
+    def _check_policies(self) -> None:
+        policies = self._policies
+        if isinstance(self.policy, tuple) and len(policies) != self.num_stages:
+            raise Invalid(
+                f"--policy has {len(policies)} stages for --stages {self.num_stages}; give one for each stage, or one for all"
+            )
+        for policy in policies:
+            if policy.block_size != self.micro_batch_sequences and not _has_default_batches(policy):
+                raise Invalid(
+                    f"a micro-batch has {self.micro_batch_sequences} sequences, a policy's gpu_batch_size x num_gpu_batches is"
+                    f" {policy.gpu_batch_size} x {policy.num_gpu_batches} = {policy.block_size}; they must be equal"
+                )
+        if self.host_memory is not None and self.device_memory is None:
+            raise Invalid("--host-memory bounds what does not fit into --device-memory; give that too")
+        if self.device_memory is not None and any(policy.placement is Placement.FLEXLLMGEN for policy in policies):
+            raise Invalid("--device-memory with --placement flexllmgen: whole tensors cannot keep to it; use --placement exact")
+        if self.simulation is not None and (
+            self.device_memory is not None or any(policy != DEFAULT_POLICY for policy in policies)
+        ):
+            raise Invalid(f"--device {self.device} takes no policy and no memory budget: simulated stages hold nothing")
 
     @property
     def simulation(self) -> Simulation | None:
@@ -62,6 +98,40 @@ class ServiceConfig:
     def threads(self) -> int:
         """Compute threads of one stage, so that the stages of this machine together use its cores once."""
         return self.threads_per_stage or max(1, usable_cores() // self.num_stages)
+
+    @property
+    def _policies(self) -> tuple[Policy, ...]:
+        return self.policy if isinstance(self.policy, tuple) else (self.policy,)
+
+    def policy_of(self, stage: int) -> Policy:
+        """Its block is what a micro-batch holds."""
+        policy = self._policies[stage if len(self._policies) > 1 else 0]
+        if policy.block_size == self.micro_batch_sequences:
+            return policy
+        return replace(policy, gpu_batch_size=self.micro_batch_sequences, num_gpu_batches=1)
+
+    def kv_bytes_of(self, stage: int) -> int | None:
+        return self.kv_bytes[stage] if isinstance(self.kv_bytes, tuple) else self.kv_bytes
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """At most so many are in one micro-batch."""
+        return self._policies[0].block_size if self.max_sequences is None else self.max_sequences
+
+    @property
+    def step_tokens(self) -> int:
+        """Of prompts and sequences together, in one step."""
+        if self.max_step_tokens is not None:
+            return self.max_step_tokens
+        return STREAMING_STEP_TOKENS if any(policy.moves_weights for policy in self._policies) else STEP_TOKENS
+
+    @property
+    def step_deadline_s(self) -> float:
+        """A step that takes longer is lost."""
+        if self.step_timeout_s is not None:
+            return self.step_timeout_s
+        moves = any(policy.moves_weights or policy.moves_cache for policy in self._policies)
+        return STREAMING_STEP_TIMEOUT_S if moves else STEP_TIMEOUT_S
 
     def device_of(self, stage: int) -> str:
         """`cuda` gives stage k the card k; anything else is every stage's device."""
@@ -76,3 +146,18 @@ def usable_cores() -> int:
 def _check_range(flag: str, value: int, *, low: int, high: int) -> None:
     if not low <= value <= high:
         raise Invalid(f"{flag} {value}: use a number from {low} to {high}")
+
+
+def _has_default_batches(policy: Policy) -> bool:
+    batches = (policy.gpu_batch_size, policy.num_gpu_batches)
+    return batches == (DEFAULT_POLICY.gpu_batch_size, DEFAULT_POLICY.num_gpu_batches)
+
+
+def _check_directory(flag: str, path: Path) -> None:
+    """It is there or can be made: the nearest that is there is a directory to write to."""
+    whole = path.absolute()
+    nearest = next(parent for parent in (whole, *whole.parents) if os.path.exists(parent))
+    if not nearest.is_dir():
+        raise Invalid(f"{flag} {path}: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise Invalid(f"{flag} {path}: {nearest} is not writable")

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from asyncpipe.errors import Invalid
-from asyncpipe_coordinator.tensor_files import check_tensors
+from asyncpipe_coordinator.known_models import known_config, known_names
+from asyncpipe_coordinator.tensor_files import NUMPY_EMBEDDING, check_tensors
 from asyncpipe_coordinator.tensor_shapes import SUPPORTED, expected_shapes
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+NUMPY_SUFFIX = "-np"  # of a directory of FlexLLMGen's: one file in numpy's format for each tensor
+DUMMY_PATH = "_DUMMY_"
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,14 @@ class ModelInfo:
     config: dict[str, Any]  # config.json as it is
 
 
-def resolve_model(name: str | None) -> Path:
+def resolve_model(name: str | None, *, dummy: bool = False, weights: str | None = None) -> Path:
     """A directory for `name`: itself, the bundled model for None, or a hub name's snapshot.
 
-    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are respected. Raises Invalid.
+    With `weights`, the directory of FlexLLMGen's in there. With `dummy` a known shape is only a name, and a hub name's weights
+    stay where they are. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are respected. Raises Invalid.
     """
+    if weights is not None:
+        return _numpy_directory(name, weights)
     if name is None:
         return BUNDLED_MODEL
     path = Path(name).expanduser()
@@ -46,20 +53,44 @@ def resolve_model(name: str | None) -> Path:
         return path.resolve()
     if path.exists():
         raise Invalid(f"{name} is a file; give the directory that holds config.json")
+    if dummy and known_config(name) is not None:
+        return Path(name)
+    if dummy and "/" not in name:
+        raise Invalid(f"there is no directory {name}, and it is no known shape: {', '.join(known_names())}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Invalid(f"there is no directory {name} (a hub name looks like facebook/opt-125m)")
-    return _download(name)
+    return _download(name, with_weights=not dummy)
 
 
-def _download(name: str) -> Path:
+def has_dummy_path(weights: str | None) -> bool:
+    """FlexLLMGen's way to ask for weights that need no files."""
+    return weights is not None and DUMMY_PATH in weights
+
+
+def has_tokenizer(path: Path) -> bool:
+    return any(all((path / file).is_file() for file in files) for files in TOKENIZERS)
+
+
+def _numpy_directory(name: str | None, weights: str) -> Path:
+    if name is None:
+        raise Invalid(f"--path {weights} needs a MODEL, like facebook/opt-1.3b, whose weights are in {weights}/opt-1.3b-np")
+    path = Path(weights).expanduser() / f"{Path(name).name.lower()}{NUMPY_SUFFIX}"
+    if not path.is_dir():
+        raise Invalid(f"--path {weights}: there is no directory {path}; --load-format dummy runs without weights")
+    return path.resolve()
+
+
+def _download(name: str, *, with_weights: bool) -> Path:
     """The hub's snapshot of `name`, from its cache or over the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not with_weights:
+            return Path(snapshot_download(name, allow_patterns=HUB_SMALL_FILES))
+        path = Path(snapshot_download(name, allow_patterns=[*HUB_SMALL_FILES, "*.safetensors"]))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+            path = Path(snapshot_download(name, allow_patterns=[*HUB_SMALL_FILES, "*.bin"]))
         return path
     except HFValidationError as error:
         raise Invalid(f"{name} is neither a directory nor a hub name: {_one_line(error)}") from None
@@ -71,12 +102,16 @@ def _download(name: str) -> Path:
         raise Invalid(f"cannot get {name} from the hub: {_one_line(error)}") from None
 
 
-def inspect_model(path: Path) -> ModelInfo:
-    """Read the configuration and check the weight files against it. Raises Invalid with what is wrong and where."""
-    config = _read_config(path)
+def inspect_model(path: Path, *, dummy: bool = False) -> ModelInfo:
+    """Read the configuration and check the weight files against it; `dummy` weights have none.
+
+    Raises Invalid with what is wrong and where.
+    """
+    config = _find_config(path, dummy=dummy)
     architecture = _architecture(path, config)
     shapes = expected_shapes(path, config)
-    check_tensors(path, shapes)
+    if not dummy:
+        check_tensors(path, shapes)
     generation_path = path / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -93,13 +128,19 @@ def inspect_model(path: Path) -> ModelInfo:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config_path = path / "config.json"
-    if not path.is_dir():
-        raise Invalid(f"there is no directory {path}")
-    if not config_path.is_file():
+def _find_config(path: Path, *, dummy: bool) -> dict[str, Any]:
+    """From the file; without one, of a known shape that is only a name, or by whose name FlexLLMGen has put weights there."""
+    if (path / "config.json").is_file():
+        return _read_json(path / "config.json")
+    if (path / NUMPY_EMBEDDING).is_file():
+        if known := known_config(path.name.removesuffix(NUMPY_SUFFIX)):
+            return known
+        raise Invalid(f"{path} has no config.json, and its name is none of a known shape, like opt-1.3b-np; add a config.json")
+    if path.is_dir():
         raise Invalid(f"{path} is not a checkpoint: it has no config.json")
-    return _read_json(config_path)
+    if dummy and (known := known_config(str(path))):
+        return known
+    raise Invalid(f"there is no directory {path}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from asyncpipe.client.sampling import SamplingOptions
 from asyncpipe.errors import Invalid
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
-from asyncpipe_coordinator.model_files import resolve_model
+from asyncpipe_coordinator.flags import ENV_PREFIX, Parser, layer_counts, size_bytes, token_biases, token_ids
+from asyncpipe_coordinator.model_files import has_dummy_path, resolve_model
+from asyncpipe_coordinator.policy_options import add_policy_options, chosen_policy
 
-ENV_PREFIX = "ASYNCPIPE_"
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose every option takes its default from the environment and says so in its help."""
-
-    def option(self, flag: str, *, env: Mapping[str, str] = os.environ, **settings: Any) -> None:
-        """`add_argument` for `flag`; the environment's text goes through the flag's own `type`."""
-        variable = ENV_PREFIX + flag.lstrip("-").replace("-", "_").upper()
-        if settings.get("action") == "store_true":
-            settings["default"] = env.get(variable, "").lower() in ("1", "true", "yes")
-        elif variable in env:
-            value = env[variable]
-            settings["default"] = value.split("\n") if settings.get("action") == "append" else value
-        settings["help"] = f"{settings['help']} [{variable}]"
-        self.add_argument(flag, **settings)
+LOAD_FORMATS = ("auto", "dummy")
 
 
 def add_model_options(parser: Parser) -> None:
@@ -41,14 +26,24 @@ def add_model_options(parser: Parser) -> None:
         default=os.environ.get(ENV_PREFIX + "MODEL"),
         help="a Hugging Face directory or hub name; without it, the small bundled model [ASYNCPIPE_MODEL]",
     )
+    parser.option("--path", metavar="DIR", help="where FlexLLMGen's weights are: DIR/<name>-np; _DUMMY_: --load-format dummy")
+    parser.option(
+        "--load-format",
+        default="auto",
+        metavar="auto|dummy",
+        help="dummy: random weights; MODEL needs no files if its shape is known, like opt-175b (default: auto)",
+    )
     parser.option("--stages", type=int, default=1, metavar="N", help="stage worker processes (default: 1)")
     parser.option("--split", type=layer_counts, metavar="5,4,3", help="decoder layers of each stage (default: even)")
     parser.option(
         "--micro-batches", type=int, metavar="M", help="micro-batches in flight (default: chosen from what is measured)"
     )
-    parser.option("--max-sequences", type=int, default=32, metavar="B", help="sequences in one micro-batch (default: 32)")
+    parser.option("--max-sequences", type=int, metavar="B", help="sequences in one micro-batch (default: 32)")
     parser.option(
-        "--max-step-tokens", type=int, default=512, metavar="T", help="tokens of one step; prompts are cut up (default: 512)"
+        "--max-step-tokens",
+        type=int,
+        metavar="T",
+        help="tokens of one step; prompts are cut up (default: 512, or 4096 where weights are moved for every step)",
     )
     parser.option(
         "--kv-memory", type=size_bytes, metavar="SIZE", help="of each stage for keys and values, like 2GiB (default: a share)"
@@ -62,6 +57,7 @@ def add_model_options(parser: Parser) -> None:
     )
     parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, float32 on CPUs)")
     parser.option("--threads-per-stage", type=int, metavar="T", help="compute threads (default: the cores, shared out)")
+    add_policy_options(parser)
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
 
@@ -115,13 +111,19 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         schedule = Schedule.STATIC if arguments.static else Schedule(arguments.schedule)
     except ValueError:
         raise Invalid(f"--schedule {arguments.schedule}: use one of {', '.join(Schedule)}") from None
+    policy, dummy = chosen_policy(arguments), _wants_dummy_weights(arguments)  # mistakes in these come before a download
     return ServiceConfig(
-        checkpoint=resolve_model(arguments.model),
+        checkpoint=resolve_model(arguments.model, dummy=dummy, weights=None if dummy else arguments.path),
+        dummy_weights=dummy,
         num_stages=arguments.stages,
         split=arguments.split,
         num_micro_batches=arguments.micro_batches,
         max_sequences=arguments.max_sequences,
         max_step_tokens=arguments.max_step_tokens,
+        policy=policy,
+        device_memory=arguments.device_memory,
+        host_memory=arguments.host_memory,
+        offload_dir=Path(arguments.offload_dir).expanduser() if arguments.offload_dir else None,
         kv_bytes=arguments.kv_memory,
         schedule=schedule,
         device=arguments.device,
@@ -130,41 +132,10 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
     )
 
 
-def size_bytes(text: str) -> int:
-    """The value of a size: "512MiB", "2GB", "1.5GiB", or plain bytes."""
-    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    try:
-        number = float(found[1]) if found else -1.0
-    except ValueError:
-        number = -1.0
-    if found is None or number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a size like 512MiB or 2GiB")
-    return int(number * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
-
-
-def token_ids(text: str) -> tuple[int, ...]:
-    """The value of --stop-token-ids."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write token ids like 2,50256") from None
-
-
-def token_biases(text: str) -> dict[int, float]:
-    """The value of --logit-bias."""
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return {int(token_id): float(bias) for token_id, bias in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write token ids and biases like 5:-100,7:2.5") from None
-
-
-def layer_counts(text: str) -> tuple[int, ...]:
-    """The value of --split."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write layer counts like 5,4,3") from None
+def _wants_dummy_weights(arguments: argparse.Namespace) -> bool:
+    if arguments.load_format not in LOAD_FORMATS:
+        raise Invalid(f"--load-format {arguments.load_format}: use one of {', '.join(LOAD_FORMATS)}")
+    return arguments.load_format == "dummy" or has_dummy_path(arguments.path)
 
 
 def check_log_level(level: str) -> str:

@@ -18,13 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from asyncpipe.actors import ActorRef, ActorSystem
-from asyncpipe.errors import AsyncPipeError
+from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe_coordinator.config import MAX_MICRO_BATCHES, ServiceConfig
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import split_layers
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL, ModelInfo, inspect_model
+from asyncpipe_coordinator.model_files import BUNDLED_MODEL, ModelInfo, has_tokenizer, inspect_model
+from asyncpipe_coordinator.planner.stages import with_derived_policies
 from asyncpipe_coordinator.shell.coordinator import (
     COORDINATOR_ACTOR,
     TICK_S,
@@ -48,10 +49,11 @@ class Service:
     """Use `open`."""
 
     def __init__(self, config: ServiceConfig, *, system: ActorSystem, token: str, on_progress: OnProgress) -> None:
-        self.config = config
         self.model: ModelInfo = model_of(config)
         self.address = ""  # where clients connect, when `open` was given one
         self._layers = split_layers(self.model.num_layers, config.num_stages, config.split)
+        self._dtype = dtype_of(config, self.model)
+        self.config = with_derived_policies(config, self.model, layers=self._layers, dtype=self._dtype)
         self._system = system
         self._token = token
         self._on_progress = on_progress
@@ -118,7 +120,7 @@ class Service:
             config=self.config,
             layers=self._layers,
             model=self.model,
-            dtype=self._dtype(),
+            dtype=self._dtype,
             max_sequences=self._machine.limits.max_sequences,
             address=self._workers_address,
             token=self._token,
@@ -152,21 +154,15 @@ class Service:
         if not self._lost.done():
             self._lost.set_result(error)
 
-    def _dtype(self) -> str:
-        """`auto` is float32 on CPUs, which most compute fastest in it, and the checkpoint's own on a GPU."""
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        return "float32" if self.config.device == "cpu" else self.model.dtype
-
     def _make_machine(self) -> Machine:
         return Machine(
             Limits(
                 num_stages=self.config.num_stages,
                 num_micro_batches=self.config.num_micro_batches,
-                max_sequences_per_micro_batch=self.config.max_sequences,
+                max_sequences_per_micro_batch=self.config.micro_batch_sequences,
                 max_waiting=self.config.max_waiting,
                 max_context_len=self.model.max_context_len,
-                max_step_tokens=self.config.max_step_tokens,
+                max_step_tokens=self.config.step_tokens,
                 kv_block_tokens=self.config.kv_block_tokens,
                 eos_token_ids=self.model.eos_token_ids,
                 schedule=self.config.schedule,
@@ -176,9 +172,9 @@ class Service:
     def _make_actor(self) -> CoordinatorActor:
         return CoordinatorActor(
             machine=self._machine,
-            codec=TextCodec.load(self.config.checkpoint),
+            codec=TextCodec.load(tokenizer_path(self.config, self.model)),
             model=self.model,
-            step_timeout_s=self.config.step_timeout_s,
+            step_timeout_s=self.config.step_deadline_s,
             on_pipeline_lost=self._on_pipeline_lost,
         )
 
@@ -188,7 +184,7 @@ class Service:
 
 def model_of(config: ServiceConfig) -> ModelInfo:
     """What is run. A simulation without a MODEL has as many layers as stages. Raises Invalid."""
-    model, simulation = inspect_model(config.checkpoint), config.simulation
+    model, simulation = inspect_model(config.checkpoint, dummy=config.dummy_weights), config.simulation
     if simulation is None:
         return model
     own_layers = config.num_stages if config.checkpoint == BUNDLED_MODEL else model.num_layers
@@ -198,3 +194,23 @@ def model_of(config: ServiceConfig) -> ModelInfo:
         max_context_len=simulation.context,
         eos_token_ids=frozenset(),
     )
+
+
+def dtype_of(config: ServiceConfig, model: ModelInfo) -> str:
+    """`auto` is float32 on CPUs, which most compute fastest in it, and the checkpoint's own on a GPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.device == "cpu" else model.dtype
+
+
+def tokenizer_path(config: ServiceConfig, model: ModelInfo) -> Path:
+    """Where the tokenizer is: with dummy weights, whose texts mean nothing, the bundled model's will do. Raises Invalid."""
+    if not config.dummy_weights or has_tokenizer(config.checkpoint):
+        return config.checkpoint
+    bundled = inspect_model(BUNDLED_MODEL).vocab_size
+    if model.vocab_size < bundled:
+        raise Invalid(
+            f"{config.checkpoint} has no tokenizer, and its vocabulary of {model.vocab_size} is too small for the bundled"
+            f" model's of {bundled}: add a tokenizer.json"
+        )
+    return BUNDLED_MODEL

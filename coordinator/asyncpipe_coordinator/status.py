@@ -8,6 +8,7 @@ import msgspec
 
 from asyncpipe.client import connect
 from asyncpipe.wire.messages import StageStatus, Status
+from asyncpipe_coordinator.tier_lines import policy_text, tiers_text, transfers_text
 
 
 async def status(arguments: argparse.Namespace) -> int:
@@ -30,15 +31,17 @@ def status_lines(found: Status) -> list[str]:
         f" bubble {pipeline.bubble:.0%}, a step's round trip {pipeline.round_trip_s * 1000:.1f} ms,"
         f" {pipeline.overhead_s * 1000:.1f} ms of it links and coordinator",
         f"KV memory: {used:.0%} of {kv.num_blocks} blocks of {kv.block_tokens} tokens, {kv.preemptions} preemptions",
-        *map(_stage_line, found.stages),
+        *(line for stage in found.stages for line in _stage_lines(stage)),
     ]
 
 
-def _stage_line(stage: StageStatus) -> str:
+def _stage_lines(stage: StageStatus) -> list[str]:
     first, last = stage.layers
     idle = stage.idle
-    return (
+    line = (
         f"stage {stage.stage}: layers {first}-{last - 1} on {stage.device} (pid {stage.pid}), busy {stage.busy_share:.0%},"
         f" {stage.steps} steps; starved {idle.starved_s:.1f} s, waiting to send {idle.send_wait_s:.1f} s,"
         f" without work {idle.no_work_s:.1f} s"
     )
+    details = (f"policy: {policy_text(stage.policy)}", tiers_text(stage.tiers), transfers_text(stage))
+    return [line, *(f"  {text}" for text in details if text)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncpipe.wire.messages import StageStatus, Status, Usage
+from asyncpipe_coordinator.tier_lines import tiers_object
 
 
 @dataclass(slots=True)
@@ -92,4 +93,7 @@ def _stage(stage: StageStatus) -> dict[str, Any]:
             "no_work": round(stage.idle.no_work_s, 4),
         },
         "kv_blocks": stage.kv_blocks,
+        "tiers": tiers_object(stage),
+        "io_wait_s": round(stage.transfers.wait_s, 4),
+        "io_bytes": stage.transfers.num_bytes,
     }

@@ -1,21 +1,28 @@
-"""Safetensors headers, read without torch: is the file whole, and does it hold what the model needs?
+"""Headers of weight files, read without torch: are the files whole, and do they hold what the model needs?
 
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
-Source: the safetensors repository, "Format".
+A safetensors file is 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
+Source: the safetensors repository, "Format". FlexLLMGen's weight directories have a `.npy` file, without an extension, for each
+tensor, and `decoder.layer_norm` for what Hugging Face calls `decoder.final_layer_norm`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+
+import numpy.lib.format as npy
 
 from asyncpipe.errors import Invalid
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 INDEX = "model.safetensors.index.json"
+NUMPY_EMBEDDING = "decoder.embed_tokens.weight"  # every weight directory of FlexLLMGen has it
+QUANTIZED_SUFFIX = ".q4"  # of the names of tensors that `convert --compress-weight` has stored, as rows of bytes
 AGAIN = "download or save it again"
 
 
@@ -25,21 +32,53 @@ def check_tensors(path: Path, expected: Shapes) -> None:
     `.bin` checkpoints can be read only with torch: their workers check them.
     """
     if (path / INDEX).is_file():
-        files = _indexed_files(path)
+        found = _read_headers(_indexed_files(path))
     elif (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
+        found = _read_headers([path / "model.safetensors"])
     elif any(path.glob("pytorch_model*.bin")):
         return
+    elif (path / NUMPY_EMBEDDING).is_file():
+        found = {name: shape for name in expected if (shape := _numpy_shape(path, name)) is not None}
     else:
-        raise Invalid(f"{path} holds no weights: no model.safetensors, {INDEX} or pytorch_model.bin")
-    found: Shapes = {}
-    for file in files:
-        found |= {_plain(name): shape for name, shape in read_header(file).items()}
+        raise Invalid(f"{path} holds no weights: no model.safetensors, {INDEX}, pytorch_model.bin or {NUMPY_EMBEDDING}")
     for name, shape in expected.items():
-        if name not in found:
-            raise Invalid(f"{path}: tensor {name} is missing from its {len(files)} weight files")
-        if found[name] != shape:
-            raise Invalid(f"{path}: tensor {name} has shape {_text(found[name])}; config.json says {_text(shape)}")
+        _check_shape(path, name, shape, found)
+
+
+def _check_shape(path: Path, name: str, expected: tuple[int, ...], found: Shapes) -> None:
+    packed = found.get(name + QUANTIZED_SUFFIX)
+    if name not in found and packed is None:
+        raise Invalid(f"{path}: tensor {name} is missing from its weight files")
+    if packed is not None and packed[:-1] == expected[:-1]:
+        return  # how long a row of bytes is depends on the compression: workers check it
+    shape = found.get(name, packed or ())
+    if shape != expected:
+        raise Invalid(f"{path}: tensor {name} has shape {_text(shape)}; config.json says {_text(expected)}")
+
+
+def _read_headers(files: list[Path]) -> Shapes:
+    return {_plain(name): shape for file in files for name, shape in read_header(file).items()}
+
+
+def _numpy_shape(path: Path, name: str) -> tuple[int, ...] | None:
+    """Of the tensor's file, whose size is checked against its header; None when there is none. Raises Invalid."""
+    file = path / name.replace("decoder.final_layer_norm.", "decoder.layer_norm.")
+    try:
+        with file.open("rb") as stream:
+            version = npy.read_magic(stream)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            num_bytes = stream.tell() + math.prod(shape) * dtype.itemsize
+        size = file.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Invalid(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, SyntaxError, TokenError):
+        raise Invalid(f"{file} is not a whole .npy file; {AGAIN}") from None
+    if size != num_bytes:
+        raise Invalid(f"{file} is cut short: it has {size} bytes, its header describes {num_bytes}; {AGAIN}")
+    return tuple(shape)
 
 
 def read_header(file: Path) -> Shapes:

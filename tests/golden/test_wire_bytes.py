@@ -122,8 +122,9 @@ STAGE = m.StageStatus(
     param_bytes=40,
     idle=m.IdleTimes(starved_s=0.25, send_wait_s=0.5, no_work_s=1.0),
     kv_blocks=64,
-    io_wait_s=0.125,
-    io_bytes=9,
+    transfers=m.TransferReport(weights=m.Moved(9, 0.5, 0.125)),
+    peak_host_bytes=5,
+    policy=POLICY,
     tiers=m.TierReport(weights=m.TierBytes(1, 2, 3)),
 )
 PLAIN_STAGE = {
@@ -137,10 +138,12 @@ PLAIN_STAGE = {
     "steps": 0,
     "busy_s": 0.0,
     "busy_share": 0.0,
-    "io_wait_s": 0.125,
-    "io_bytes": 9,
+    "transfers": {"weights": [9, 0.5, 0.125]},
+    "peak_host_bytes": 5,
+    "peak_device_bytes": 0,
     "idle": {"starved_s": 0.25, "send_wait_s": 0.5, "no_work_s": 1.0},
     "kv_blocks": 64,
+    "policy": PLAIN_POLICY,
     "tiers": {"weights": [1, 2, 3]},
 }
 STATUS = m.Status(
@@ -298,8 +301,26 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     ),
     (m.StageFailed(epoch=1, stage=0, error=ERROR), {"epoch": 1, "stage": 0, "error": PLAIN_ERROR}),
     (
-        m.StageCounters(stage=1, steps=10, busy_s=0.5, send_wait_s=0.25, span_s=1.0, io_wait_s=0.125, io_bytes=9),
-        {"stage": 1, "steps": 10, "busy_s": 0.5, "send_wait_s": 0.25, "span_s": 1.0, "io_wait_s": 0.125, "io_bytes": 9},
+        m.StageCounters(
+            stage=1,
+            steps=10,
+            busy_s=0.5,
+            send_wait_s=0.25,
+            span_s=1.0,
+            transfers=m.TransferReport(cache_loads=m.Moved(9, 0.5, 0.125)),
+            peak_host_bytes=5,
+            peak_device_bytes=6,
+        ),
+        {
+            "stage": 1,
+            "steps": 10,
+            "busy_s": 0.5,
+            "send_wait_s": 0.25,
+            "span_s": 1.0,
+            "transfers": {"cache_loads": [9, 0.5, 0.125]},
+            "peak_host_bytes": 5,
+            "peak_device_bytes": 6,
+        },
     ),
     (m.ClockReading(monotonic_ns=-(2**62)), {"monotonic_ns": -(2**62)}),
     (

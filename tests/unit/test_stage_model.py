@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.codec import Codec, encode
-from asyncpipe.wire.messages import Chunk, Delta, LoadStage, Opened, Sampling, Step, ToStage
+from asyncpipe.wire.messages import Chunk, Delta, Opened
 from asyncpipe_workers import stage_model
 from asyncpipe_workers.sampling import Sampled
-from asyncpipe_workers.stage_model import StageModel
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
 from tests.stage_chains import Chain, joining, load_chain, opened
 

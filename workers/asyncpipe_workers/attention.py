@@ -75,7 +75,7 @@ def _attend_span(qkv: QKV, out_THK: torch.Tensor, span: Span, cache: ReadableCac
 
 
 def attend_chunk(q_THK: torch.Tensor, kv_HCK: KeysValues) -> torch.Tensor:
-    """(T, H, K). The last T of C tokens, each over itself and all that come before; in which order those are does not matter."""
+    """(T, H, K). The last T of C tokens, each over itself and all before it; in which order those are does not matter."""
     num, total = len(q_THK), kv_HCK.keys_HCK.shape[1]
     q_1HTK = q_THK.transpose(0, 1)[None]
     if num == total:

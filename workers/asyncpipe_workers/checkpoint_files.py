@@ -136,9 +136,7 @@ def read_range(where: FileRange) -> torch.Tensor:
         except ValueError:
             raise Invalid(f"{where.path} is cut short since it was opened; {AGAIN}") from None
     buffer: mmap.mmap | bytearray = pages
-    if (
-        where.offset % where.dtype.itemsize
-    ):  # tensors must begin at a multiple of their items' size; files promise no such thing
+    if where.offset % where.dtype.itemsize:  # files do not promise that tensors begin where their items could
         buffer, within_page = bytearray(pages[within_page:]), 0
     count = math.prod(where.shape)
     return torch.frombuffer(buffer, dtype=where.dtype, count=count, offset=within_page).view(where.shape)

@@ -91,7 +91,7 @@ def convert(job: Job, report: Report) -> None:
             check_space(job.target, num_bytes)
             with _write_errors(job.target, num_bytes), partial_directory(job.target) as partial:
                 _write(partial, checkpoint, config, plan, manifest, report)
-                commit(partial, job.target)
+                commit(partial, job.target, overwrite=job.overwrite)
     report(
         {
             "event": "end",

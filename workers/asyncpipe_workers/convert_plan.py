@@ -1,7 +1,7 @@
 """Which tensor goes where in a converted checkpoint, in which form: decided from names, shapes and dtypes alone.
 
 There is one file for each decoder layer and one for everything else. Within a layer's file, what is used together lies
-together: the attention's tensors before the feed-forward's, in each part matrices before vectors before norms.
+together: the attention's tensors before the feed-forward's, in each part matrices before vectors, and projections before norms.
 """
 
 from __future__ import annotations
@@ -122,7 +122,6 @@ def _order(tensor: PlannedTensor) -> tuple[Any, ...]:
     parts = found[2].split(".")
     return (
         not parts[0].startswith(_ATTENTION_STARTS),
-        any("norm" in part for part in parts),
         len(tensor.source_shape) < 2,
         next((rank for rank, name in enumerate(_PROJECTIONS) if name in parts), len(_PROJECTIONS)),
         parts[:-1],

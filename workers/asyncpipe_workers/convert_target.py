@@ -77,12 +77,15 @@ def partial_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def commit(partial: Path, target: Path) -> None:
-    """Make `partial` the target, in place of what is there. Signals wait. Raises OSError, and all is then as before."""
+def commit(partial: Path, target: Path, *, overwrite: bool) -> None:
+    """Make `partial` the target; only with `overwrite` in place of what is there.
+
+    Signals wait. Raises OSError, and all is then as before.
+    """
     sync_directory(partial)
     replaced = partial.with_name(f"{partial.name}-old")
     with _signals_blocked():
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(replaced)
         try:
             partial.rename(target)

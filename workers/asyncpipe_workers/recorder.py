@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+
 from asyncpipe.trace import SpanKind, SpanRing
-from asyncpipe.wire.messages import StageCounters, Step
+from asyncpipe.wire.messages import StageCounters, Step, TransferReport
 from asyncpipe_workers.memory.transfers import TransferLog
 
 MIN_STARVED_NS = 20_000  # shorter gaps are not worth a span
@@ -42,8 +44,9 @@ class StageRecorder:
             busy_s=self._busy_ns / 1e9,
             send_wait_s=self._send_wait_ns / 1e9,
             span_s=(self._last_end_ns - self._first_start_ns) / 1e9,
-            io_wait_s=self.transfers.wait_ns / 1e9 if self.transfers is not None else 0.0,
-            io_bytes=self.transfers.num_bytes if self.transfers is not None else 0,
+            transfers=self.transfers.report() if self.transfers is not None else TransferReport(),
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_device_bytes=self.transfers.peak_device_bytes() if self.transfers is not None else 0,
         )
 
     def _add(self, kind: SpanKind, step: Step, start_ns: int, end_ns: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -27,6 +28,9 @@ from asyncpipe.wire.messages import (
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.partition import LayerRange
 from asyncpipe_coordinator.model_files import ModelInfo
+from asyncpipe_coordinator.tier_lines import tiers_text
+
+log = logging.getLogger(__name__)
 
 COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
@@ -173,10 +177,15 @@ class WorkerPool:
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),
             num_threads=self.config.threads,
             kv_block_tokens=self.config.kv_block_tokens,
-            kv_bytes=self.config.kv_bytes,
+            kv_bytes=self.config.kv_bytes_of(worker.stage),
             kv_share=KV_SHARE / len(self.workers),
+            policy=self.config.policy_of(worker.stage),
+            offload_dir=str(self.config.offload_dir or ""),
+            dummy_weights=self.config.dummy_weights,
         )
         worker.report = await _joined_ref(worker).ask(plan, timeout=self.config.load_timeout_s)
+        if where := tiers_text(worker.report.tiers):
+            log.info("stage %d: %s", worker.stage, where)
         self.on_progress(f"stage {worker.stage} loaded")
 
     async def _connect_next(self, worker: Worker) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor
+from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import (
     GetStatus,
     IdleTimes,
@@ -16,6 +17,7 @@ from asyncpipe.wire.messages import (
     StageStatus,
     Status,
     TierReport,
+    TransferReport,
 )
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.shell.coordinator import CoordinatorActor
@@ -77,10 +79,13 @@ class StatusActor(Actor):
         if pool is None:
             return ()
         active_s = self._machine.meter.measured_s
-        return tuple(_status(worker, count, active_s) for worker, count in zip(pool.workers, counters, strict=True))
+        return tuple(
+            _status(worker, count, active_s, pool.config.policy_of(worker.stage))
+            for worker, count in zip(pool.workers, counters, strict=True)
+        )
 
 
-def _status(worker: Worker, counters: StageCounters | None, active_s: float) -> StageStatus:
+def _status(worker: Worker, counters: StageCounters | None, active_s: float, policy: Policy) -> StageStatus:
     """`active_s` is for how long the pipeline has had work."""
     join, report = worker.join, worker.report
     busy_s, send_wait_s, span_s = (counters.busy_s, counters.send_wait_s, counters.span_s) if counters else (0.0, 0.0, 0.0)
@@ -99,7 +104,9 @@ def _status(worker: Worker, counters: StageCounters | None, active_s: float) -> 
             starved_s=max(active_s - busy_s - send_wait_s, 0.0), send_wait_s=send_wait_s, no_work_s=max(span_s - active_s, 0.0)
         ),
         kv_blocks=report.kv_blocks if report else 0,
+        policy=policy,
         tiers=report.tiers if report else TierReport(),
-        io_wait_s=counters.io_wait_s if counters else 0.0,
-        io_bytes=counters.io_bytes if counters else 0,
+        transfers=counters.transfers if counters else TransferReport(),
+        peak_host_bytes=counters.peak_host_bytes if counters else 0,
+        peak_device_bytes=counters.peak_device_bytes if counters else 0,
     )

@@ -17,7 +17,7 @@ import torch
 from asyncpipe.policy import Policy
 from asyncpipe_workers.memory.disk import ScratchFile, aligned_up
 from asyncpipe_workers.memory.shares import Apportionment, Counts
-from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, TransferLog
+from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 
 
 class Activations(Protocol):
@@ -86,7 +86,7 @@ class TieredActivations:
         stored = self._pool.submit(self._store, hidden_TD, counts, place)
         self._away[key] = _Away(counts, hidden_TD.shape, stays, stored, place)
         if not self._policy.overlap:
-            self._log.wait(stored, "storing activations")
+            self._log.wait(Cargo.ACTIVATIONS, stored, "storing activations")
 
     def prefetch(self, key: Hashable) -> None:
         away = self._away.get(key)
@@ -97,7 +97,7 @@ class TieredActivations:
         self.prefetch(key)
         away = self._away.pop(key)
         assert away.fetched is not None  # noqa: S101 - just begun
-        hidden_TD = self._log.wait(away.fetched, "activations")
+        hidden_TD = self._log.wait(Cargo.ACTIVATIONS, away.fetched, "activations")
         self._split.remove(away.counts)
         self._places.give_back(away.place, aligned_up(away.counts.disk * away.shape[1] * self._dtype.itemsize))
         return hidden_TD
@@ -106,7 +106,7 @@ class TieredActivations:
     def _store(self, hidden_TD: torch.Tensor, counts: Counts, place: int) -> torch.Tensor:
         """Returns the rows on the host."""
         away_TD = hidden_TD[counts.device :].to("cpu")
-        with self._log.moving(away_TD.nbytes):
+        with self._log.moving(Cargo.ACTIVATIONS, away_TD.nbytes):
             if self._file is not None and counts.disk:
                 on_disk = away_TD[counts.host :].contiguous()
                 self._file.write(place, on_disk.view(torch.uint8).numpy().reshape(-1).data)
@@ -118,7 +118,7 @@ class TieredActivations:
         counts = away.counts
         hidden_TD = torch.empty(away.shape, dtype=self._dtype, device=self._device)
         hidden_TD[: counts.device] = away.device
-        with self._log.moving((counts.host + counts.disk) * away.shape[1] * self._dtype.itemsize):
+        with self._log.moving(Cargo.ACTIVATIONS, (counts.host + counts.disk) * away.shape[1] * self._dtype.itemsize):
             hidden_TD[counts.device : counts.device + counts.host] = host
             if self._file is not None and counts.disk:
                 rows = torch.empty(counts.disk, away.shape[1], dtype=self._dtype)

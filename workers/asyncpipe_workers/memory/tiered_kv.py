@@ -30,7 +30,7 @@ from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
 from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely
 from asyncpipe_workers.memory.shares import Apportionment, Counts
 from asyncpipe_workers.memory.token_stores import DiskTokens, MemoryTokens, Part
-from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, TransferLog
+from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 
 KEYS, VALUES = 0, 1
 NUM_WORKSPACES = 2  # of the batch that is computed, and of the next
@@ -162,7 +162,7 @@ class TieredKV:
         fetch = self._fetches.pop((layer, id(layout)), None)
         if fetch is not None:
             for task in fetch.tasks:
-                self._log.wait(task, f"keys and values of layer {layer}")
+                self._log.wait(Cargo.CACHE_LOADS, task, f"keys and values of layer {layer}")
         out_THK = torch.empty_like(qkv.q_THK)
         for index, row in enumerate(layout.rows):
             out_THK[index] = self._attend_row(layer, index, row, qkv, fetch)
@@ -273,7 +273,7 @@ class TieredKV:
         fetch = Fetch(workspace, keys, values, starts, tasks)
         if not self._policy.overlap:
             for task in tasks:
-                self._log.wait(task, f"keys and values of layer {layer}")
+                self._log.wait(Cargo.CACHE_LOADS, task, f"keys and values of layer {layer}")
         return fetch
 
     @torch.inference_mode()
@@ -290,7 +290,7 @@ class TieredKV:
         """Copy, read and unpack one sequence's tokens, once those of earlier steps have been brought home."""
         for store in before:
             store.result(timeout=TRANSFER_TIMEOUT_S)
-        with self._log.moving(self._num_fetched(old, whole) * self.token_bytes):
+        with self._log.moving(Cargo.CACHE_LOADS, self._num_fetched(old, whole) * self.token_bytes):
             if self._codec and old.device:
                 start = self._put(target, start, self._on_device.rows(part, slot, 0, old.device))
             if old.host and not self._uses_host_in_place(whole):
@@ -363,7 +363,7 @@ class TieredKV:
     def _bring_home(self, parts: Sequence[_Homeward]) -> None:
         for part, slot, old, added, x_THK in parts:
             rows = self._stored(x_THK).to(HOST)
-            with self._log.moving(rows.numel()):
+            with self._log.moving(Cargo.CACHE_STORES, rows.numel()):
                 if added.host:
                     self._on_host.rows(part, slot, old.host, old.host + added.host).copy_(rows[: added.host])
                 if added.disk and self._on_disk is not None:
@@ -372,7 +372,7 @@ class TieredKV:
     def _await_stores(self, layers: Sequence[int]) -> None:
         for layer in layers:
             for store in self._stores[layer]:
-                self._log.wait(store, f"storing keys and values of layer {layer}")
+                self._log.wait(Cargo.CACHE_STORES, store, f"storing keys and values of layer {layer}")
             self._stores[layer].clear()
 
     # --- forms ---

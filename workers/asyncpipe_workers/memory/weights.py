@@ -21,7 +21,7 @@ from asyncpipe_workers.memory.disk import BLOCK_BYTES, CHUNK_BYTES, DiskFiles, a
 from asyncpipe_workers.memory.ring import Region, Ring
 from asyncpipe_workers.memory.stored import Extent, StoredTable, StoredTensor
 from asyncpipe_workers.memory.streams import Streams
-from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, TransferLog
+from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 from asyncpipe_workers.models.units import Unit
 from asyncpipe_workers.models.weights import Access, Resident, Table, Wanted
 
@@ -204,7 +204,7 @@ class StreamedWeights:
         if loaded.unit != index:
             raise Invalid(f"unit {index} is wanted, but unit {loaded.unit} comes next")
         self._regions[index] = loaded.region
-        block = self._log.wait(loaded.block, f"{plan.unit.name}'s weights")
+        block = self._log.wait(Cargo.WEIGHTS, loaded.block, f"{plan.unit.name}'s weights")
         self._streams.await_loads()
         return block
 
@@ -229,7 +229,8 @@ class StreamedWeights:
 
     def _next(self) -> _Loaded:
         try:
-            loaded = self._loaded.get(timeout=TRANSFER_TIMEOUT_S)
+            with self._log.waiting(Cargo.WEIGHTS):
+                loaded = self._loaded.get(timeout=TRANSFER_TIMEOUT_S)
         except queue.Empty:
             raise Timeout(f"no weights came within {TRANSFER_TIMEOUT_S:g} s") from None
         if isinstance(loaded, Exception):
@@ -262,7 +263,7 @@ class StreamedWeights:
         ]
 
     def _read_chunk(self, file: Any, offset: int, target: torch.Tensor) -> None:
-        with self._log.moving(len(target)):
+        with self._log.moving(Cargo.WEIGHTS, len(target)):
             self._streams.read(file, offset, target)
 
     @torch.inference_mode()
@@ -273,7 +274,7 @@ class StreamedWeights:
             for piece in plan.pieces:
                 if piece.host_offset is not None:
                     num_bytes = piece.host.numel()
-                    with self._log.moving(num_bytes):
+                    with self._log.moving(Cargo.WEIGHTS, num_bytes):
                         target = memory[piece.host_offset : piece.host_offset + num_bytes]
                         target.copy_(piece.host.reshape(-1), non_blocking=True)
             for task in reads:

@@ -1,0 +1,191 @@
+"""The `convert` command: makes a checkpoint that is quick to load. A worker process does it, for only workers have torch."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from tqdm import tqdm
+
+from asyncpipe.errors import AsyncPipeError, Invalid
+from asyncpipe.policy import Compression
+from asyncpipe.process.reap import PARENT_VARIABLE
+from asyncpipe_coordinator.config import DTYPES
+from asyncpipe_coordinator.model_files import inspect_model, resolve_model
+
+WORKER = "asyncpipe_workers.convert"
+WORKER_ERROR = f"python -m {WORKER}: error: "
+USAGE_EXIT = 2
+KILL_AFTER_S = 30.0  # it removes what it has written, which may be much
+TAIL_LINES = 20
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def worker_arguments(arguments: argparse.Namespace) -> list[str]:
+    """What the worker process is told. Looks at the model first, and gets it if need be, which takes its time.
+
+    Raises Invalid.
+    """
+    for package in ("torch", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise Invalid(f"convert needs {package}, which is not installed: pip install 'asyncpipe-runtime[worker]'")
+    if arguments.verify:
+        return ["--verify", "--", str(Path(arguments.target or arguments.model).expanduser())]
+    if arguments.target is None:
+        raise Invalid("TARGET is needed: the directory to make")
+    if arguments.dtype not in DTYPES:
+        raise Invalid(f"--dtype {arguments.dtype}: use one of {', '.join(DTYPES)}")
+    argv = ["--dtype", arguments.dtype]
+    if arguments.compress_weight:
+        argv += ["--compress-weight", "--group-size", str(Compression(group_size=arguments.group_size).group_size)]
+    if arguments.overwrite:
+        argv.append("--overwrite")
+    source = resolve_model(arguments.model)
+    info = inspect_model(source)
+    if not (source / "config.json").is_file():  # a weight directory of FlexLLMGen's
+        argv += ["--config", msgspec.json.encode(info.config).decode()]
+    return [*argv, "--", str(source), str(Path(arguments.target).expanduser())]
+
+
+async def convert(arguments: argparse.Namespace, worker_argv: Sequence[str]) -> int:
+    """Run the worker to its end; returns the exit status. Raises Invalid for what it found wrong."""
+    start_s = time.monotonic()
+    with _Progress(quiet=arguments.quiet, what="verify" if arguments.verify else "convert") as progress:
+        await run_worker([sys.executable, "-m", WORKER, *worker_argv], progress.on_event)
+    result = progress.result | {"seconds": round(time.monotonic() - start_s, 4)}
+    if arguments.json:
+        print(msgspec.json.encode(result).decode())
+    elif not arguments.quiet:
+        print(_verified_line(result) if arguments.verify else _converted_line(result), file=sys.stderr)
+    return 0
+
+
+class _Progress:
+    """A bar of bytes; keeps the worker's last event."""
+
+    def __init__(self, *, quiet: bool, what: str) -> None:
+        self.result: dict[str, Any] = {}
+        self._bar = tqdm(
+            total=0,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=quiet or None,
+            leave=False,
+            file=sys.stderr,
+        )
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        match event.pop("event"):
+            case "begin":
+                self._bar.reset(total=event["bytes"])
+            case "progress":
+                self._bar.update(event["bytes"] - self._bar.n)
+            case "end":
+                self.result = event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self._bar.close()
+
+
+def _converted_line(result: dict[str, Any]) -> str:
+    quantization = result["quantization"]
+    form = result["dtype"]
+    if quantization is not None:
+        form = f"{form}, matrices in {quantization['num_bits']} bits in groups of {quantization['group_size']}"
+    what = f"{result['tensors']} tensors, {result['bytes'] / 2**20:.1f} MiB ({form})"
+    if result["is_done_before"]:
+        return f"{result['target']} is a finished conversion of {result['source']} already: {what}"
+    return f"{result['target']}: {what} in {result['seconds']:.1f} s"
+
+
+def _verified_line(result: dict[str, Any]) -> str:
+    files = f"all {result['files']} files, {result['bytes'] / 2**20:.1f} MiB"
+    return f"{result['target']}: {files}, are as they were written ({result['seconds']:.1f} s)"
+
+
+async def run_worker(argv: Sequence[str], on_event: OnEvent) -> None:
+    """Run `argv` and hear its events, one JSON object a line. No deadline: it reports, and whoever watches may cancel.
+
+    Raises Invalid for what it found wrong, AsyncPipeError when it failed. However this ends, it has ended too.
+    """
+    process = await _start(argv)
+    if process.stdout is None or process.stderr is None:
+        raise AsyncPipeError("the conversion has no pipes")
+    try:
+        _, last_lines = await asyncio.gather(_follow(process.stdout, on_event), _last_lines(process.stderr))
+        returncode = await process.wait()
+    finally:
+        await _stop(process)
+    if returncode == USAGE_EXIT:
+        raise Invalid(last_lines[-1].removeprefix(WORKER_ERROR) if last_lines else "the conversion failed without a word")
+    if returncode:
+        how = f"exited with status {returncode}"
+        if returncode < 0:
+            how = f"was killed by {signal.Signals(-returncode).name}"
+        raise AsyncPipeError("\n  ".join([f"the conversion {how}; its last lines:", *last_lines]))
+
+
+async def _start(argv: Sequence[str]) -> asyncio.subprocess.Process:
+    """In a session of its own, so that Ctrl-C reaches only us, and ended by the kernel when we are gone."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _stop(await starting)  # a cancelled start may have started
+        raise
+
+
+async def _follow(stdout: asyncio.StreamReader, on_event: OnEvent) -> None:
+    async for line in stdout:
+        with contextlib.suppress(msgspec.DecodeError):
+            on_event(msgspec.json.decode(line, type=dict[str, Any]))
+
+
+async def _last_lines(stderr: asyncio.StreamReader) -> list[str]:
+    lines: deque[str] = deque(maxlen=TAIL_LINES)
+    async for line in stderr:
+        lines.append(line.decode(errors="replace").rstrip())
+    return [line for line in lines if line]
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """TERM, then KILL; returns when it is reaped."""
+    try:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            async with asyncio.timeout(KILL_AFTER_S):
+                await process.wait()
+    except (TimeoutError, asyncio.CancelledError) as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        if isinstance(error, asyncio.CancelledError):
+            raise
