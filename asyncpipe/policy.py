@@ -145,9 +145,13 @@ class Policy:
         return not self.cache.all_on_device or self.compress_cache or self.attn_sparsity < 1.0
 
     @property
-    def needs_disk(self) -> bool:
-        """Of its own: for keys and values, or activations. Weights are read where they are."""
-        return self.cache.disk > 0 or self.activations.disk > 0
+    def arithmetic(self) -> tuple[object, ...]:
+        """What changes the tokens that come out: equal for policies that only move bytes in other ways."""
+        return (
+            self.attn_sparsity,
+            self.comp_weight_config if self.compress_weight else None,
+            self.comp_cache_config if self.compress_cache else None,
+        )
 
 
 def _shares(device: float, host: float) -> Shares:

@@ -45,7 +45,8 @@ async def batch(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     defaults = sampling_options(arguments)
     make_sampling(defaults)
     total = count_lines(input_path)
-    fingerprint = msgspec.json.encode([str(config.checkpoint), config.dtype, defaults]).decode()
+    arithmetic = [config.policy_of(stage).arithmetic for stage in range(config.num_stages)]
+    fingerprint = msgspec.json.encode([str(config.checkpoint), config.dtype, arithmetic, defaults]).decode()
     with ResultWriter(
         output,
         input_path=input_path,

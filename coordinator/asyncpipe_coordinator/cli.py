@@ -11,6 +11,7 @@ from typing import Any
 
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
+from asyncpipe_coordinator.bench_options import BENCH_EPILOG, add_bench_options
 from asyncpipe_coordinator.flags import Parser
 from asyncpipe_coordinator.options import add_model_options, add_sampling_options, check_log_level, config_of
 
@@ -25,6 +26,7 @@ EPILOG = """examples:
   asyncpipe-coordinator generate ./opt-1.3b --stages 2 --prompt Hi   a model directory, two stages
   asyncpipe-coordinator batch --input in.jsonl --output out.jsonl    a file of prompts, resumable
   asyncpipe-coordinator serve facebook/opt-125m --stages 2           a hub model, for clients
+  asyncpipe-coordinator bench --stages 2 --prompt-len 128            how fast is it, and where does the time go?
   asyncpipe-coordinator generate --device sim:layer_ms=10 --stages 16 --prompt x --trace trace.json
 """
 
@@ -81,6 +83,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_batch(commands)
     _add_serve(commands)
+    _add_bench(commands)
     _add_status(commands)
     _add_convert(commands)
     return parser
@@ -121,6 +124,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
         argv = worker_arguments(arguments)
         return run(lambda: convert(arguments, argv))
+    if arguments.command == "bench":
+        from asyncpipe_coordinator.bench import bench
+
+        return bench(arguments)
     command = _model_command(arguments.command)
     config = config_of(arguments)
     return run(lambda: command(arguments, config))
@@ -181,6 +188,12 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.option("--bind", default=DEFAULT_BIND, metavar="ADDRESS", help=f"for clients (default: {DEFAULT_BIND})")
     parser.option("--json", action="store_true", help="print one JSON line with the address when ready")
     parser.add_argument("--announce", metavar="ADDRESS", help=argparse.SUPPRESS)
+
+
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "bench", "Time a model and a policy, as FlexLLMGen does.", BENCH_EPILOG)
+    add_model_options(parser)
+    add_bench_options(parser)
 
 
 def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:

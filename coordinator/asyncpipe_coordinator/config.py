@@ -123,14 +123,19 @@ class ServiceConfig:
         """Of prompts and sequences together, in one step."""
         if self.max_step_tokens is not None:
             return self.max_step_tokens
-        return STREAMING_STEP_TOKENS if any(policy.moves_weights for policy in self._policies) else STEP_TOKENS
+        return STREAMING_STEP_TOKENS if self.moves_weights else STEP_TOKENS
+
+    @property
+    def moves_weights(self) -> bool:
+        """Of any stage: then a step costs a pass over them, however small it is."""
+        return any(policy.moves_weights for policy in self._policies)
 
     @property
     def step_deadline_s(self) -> float:
         """A step that takes longer is lost."""
         if self.step_timeout_s is not None:
             return self.step_timeout_s
-        moves = any(policy.moves_weights or policy.moves_cache for policy in self._policies)
+        moves = self.moves_weights or any(policy.moves_cache for policy in self._policies)
         return STREAMING_STEP_TIMEOUT_S if moves else STEP_TIMEOUT_S
 
     def device_of(self, stage: int) -> str:

@@ -165,6 +165,8 @@ class Service:
                 max_step_tokens=self.config.step_tokens,
                 kv_block_tokens=self.config.kv_block_tokens,
                 eos_token_ids=self.model.eos_token_ids,
+                # Where each step is a pass over weights that move, few large steps are best.
+                prefill_spread_steps=1 if self.config.moves_weights else 8,
                 schedule=self.config.schedule,
             )
         )

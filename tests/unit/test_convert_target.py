@@ -9,11 +9,8 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,15 +151,9 @@ def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_opt(tmp_path_factory.mktemp("many"), layers=24)
 
 
-def num_unread(fd: int) -> int:
-    """Bytes in a pipe."""
-    (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
-    return int(count)
-
-
 @contextmanager
 def conversion(source: Path, target: Path, *flags: str, num_events: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has reported so much, and some more, until it waits for somebody to read on."""
+    """A process that is halted when it has reported so much; it cannot have ended, for nobody reads on."""
     read_fd, write_fd = os.pipe()
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
     with (
@@ -173,9 +164,8 @@ def conversion(source: Path, target: Path, *flags: str, num_events: int) -> Iter
         for _ in range(num_events):
             while stream.read(1) != b"\n":
                 assert process.poll() is None
-        while num_unread(read_fd) < 4000:
-            assert process.poll() is None
-            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         yield process
         process.kill()
 
@@ -199,6 +189,7 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_cleans_up(
 def test_a_stopped_conversion_cleans_up_itself(number: signal.Signals, many_layers: Path, tmp_path: Path) -> None:
     with conversion(many_layers, tmp_path / "target", num_events=200) as process:
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=20) == 128 + number
         assert process.stderr is not None
         assert process.stderr.read() == b""
@@ -210,6 +201,7 @@ def test_a_stopped_overwrite_leaves_what_was_there(source: Path, many_layers: Pa
     before = files_of(target)
     with conversion(many_layers, target, "--overwrite", num_events=200) as process:
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         process.wait(timeout=20)
     assert files_of(target) == before
     assert os.listdir(tmp_path) == ["target"]

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression, Policy
+from asyncpipe_workers import stage_memory
 from asyncpipe_workers.memory.quantization import GroupCodec
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
 from tests.opt_oracle import OPTOracle
@@ -114,6 +116,14 @@ def test_checkpoints_that_cannot_be_used_as_they_lie_are_converted_on_their_way(
     model = make_opt(tmp_path / "model", dtype=dtype, safe=safe)
     expected = reference_generate(model, prompts, max_new_tokens=NUM_TOKENS)
     assert generated(model, prompts, tmp_path, **MIXED) == expected
+
+
+def test_too_little_disk_for_keys_and_values_is_refused_at_the_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_memory, "free_disk_bytes", lambda directory: 1000)
+    with pytest.raises(Invalid, match=r"--offload-dir .*offload: keys and values need \d+ bytes there, and 1000 are free"):
+        generated(model, [[5]], tmp_path, cache_gpu_percent=0.0)
 
 
 def test_nothing_is_left_in_the_offload_folder(model: Path, prompts: list[list[int]], tmp_path: Path) -> None:

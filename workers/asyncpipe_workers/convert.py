@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ from asyncpipe_workers.memory.quantization import GroupCodec
 PROGRAM = "python -m asyncpipe_workers.convert"
 EXIT_USAGE = 2
 SIGNAL_EXIT = 128  # a shell's convention: 130 for SIGINT, 143 for SIGTERM
+STDOUT = 1
+WAKE_S = 0.5  # to look for signals
 INDEX = "model.safetensors.index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizers, chat templates, generation_config.json
 NOT_COPIED = ("config.json", "*.index.json", MANIFEST)
@@ -285,8 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(event: dict[str, Any]) -> None:
+    """Waits for a reader that is slow, but not within the write: a signal that another thread took would not end that."""
     with contextlib.suppress(BrokenPipeError):  # nobody listens; the work goes on
-        os.write(1, msgspec.json.encode(event) + b"\n")
+        while not select.select([], [STDOUT], [], WAKE_S)[1]:
+            pass
+        os.write(STDOUT, msgspec.json.encode(event) + b"\n")
 
 
 if __name__ == "__main__":

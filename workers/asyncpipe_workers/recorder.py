@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
+from pathlib import Path
 
 from asyncpipe.trace import SpanKind, SpanRing
 from asyncpipe.wire.messages import StageCounters, Step, TransferReport
 from asyncpipe_workers.memory.transfers import TransferLog
 
+STATUS = Path("/proc/self/status")
 MIN_STARVED_NS = 20_000  # shorter gaps are not worth a span
 
 
@@ -45,10 +46,20 @@ class StageRecorder:
             send_wait_s=self._send_wait_ns / 1e9,
             span_s=(self._last_end_ns - self._first_start_ns) / 1e9,
             transfers=self.transfers.report() if self.transfers is not None else TransferReport(),
-            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_host_bytes=peak_memory_bytes(),
             peak_device_bytes=self.transfers.peak_device_bytes() if self.transfers is not None else 0,
         )
 
     def _add(self, kind: SpanKind, step: Step, start_ns: int, end_ns: int) -> None:
         rows = step.delta.num_rows
         self.spans.add(kind, micro_batch=step.micro_batch, step=step.step, start_ns=start_ns, end_ns=end_ns, num_rows=rows)
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has had in memory; 0 where the system does not say. (getrusage(2) would tell of the process
+    that started this one, too.)"""
+    try:
+        lines = STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

@@ -193,6 +193,7 @@ class _Loader:
             block_tokens=plan.kv_block_tokens,
         )
         num_blocks = self._num_blocks(shape)
+        self._check_disk(int(num_blocks * shape.block_bytes * self._policy.cache.disk / 100))
         if not self._policy.moves_cache:
             return make_kv_cache(shape, num_blocks=num_blocks, device=self._device), shape
         cache = TieredKV(
@@ -217,6 +218,14 @@ class _Loader:
                 f" {shape.block_bytes}: use a larger --kv-memory"
             )
         return min(num_bytes // shape.block_bytes, shape.most_blocks)
+
+    def _check_disk(self, num_bytes: int) -> None:
+        free_bytes = free_disk_bytes(self._directory)
+        if num_bytes > free_bytes:
+            raise Invalid(
+                f"--offload-dir {self._directory}: keys and values need {num_bytes} bytes there, and {free_bytes} are free;"
+                " use a smaller --kv-memory, or another folder"
+            )
 
     def _free_bytes(self) -> int:
         """For keys and values: what the tier that has the least room for its share allows."""

@@ -13,7 +13,6 @@ from asyncpipe.wire.messages import Chunk, Delta, Opened
 from asyncpipe_coordinator.core.books import Books
 from asyncpipe_coordinator.core.sequences import MicroBatch, Sequence, SequenceState
 
-SPREAD_STEPS = 8  # waiting prompt tokens are spread over so many steps
 MIN_PREFILL_TOKENS = 32
 KV_RESERVE = 0.05  # prefill slows down to its minimum when so little of the KV memory is free
 WATERMARK = 0.01  # free blocks left over by an admission, for the growth of those that run
@@ -146,7 +145,7 @@ def prefill_budget(books: Books, micro_batch: MicroBatch) -> int:
     waiting = books.waiting.num_tokens + sum(sequence.num_remaining for sequence in books.prefilling)
     free_share = books.ledger.num_free / max(books.ledger.num_blocks, 1)
     headroom = max(free_share - KV_RESERVE, 0.0) / (1.0 - KV_RESERVE)
-    rate = min(-(-waiting // SPREAD_STEPS), int(headroom * most))
+    rate = min(-(-waiting // books.limits.prefill_spread_steps), int(headroom * most))
     return min(max(rate, MIN_PREFILL_TOKENS), most)
 
 

@@ -22,6 +22,7 @@ class Limits:
     max_step_tokens: int  # prompt tokens and sequences of one step together
     kv_block_tokens: int
     eos_token_ids: frozenset[int]
+    prefill_spread_steps: int = 8  # over which prompt tokens that wait are spread while others decode
     schedule: Schedule = Schedule.CONTINUOUS
 
     @property

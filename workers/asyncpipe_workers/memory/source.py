@@ -16,7 +16,7 @@ from asyncpipe_workers.checkpoint import Checkpoint, FileRange
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
 from asyncpipe_workers.memory.quantization import GroupCodec
 
-CHUNK_BYTES = 32 << 20  # of rows read, or packed, at once
+CHUNK_BYTES = 16 << 20  # of rows read, or packed, at once
 DUMMY_STD = 0.02
 DUMMY_POOL = 1 << 20
 UNPACKED = ("embed_positions.weight", "embed_tokens.weight", "lm_head.weight")  # looked up by row, and worth their bits
@@ -165,23 +165,34 @@ class DummySource:
         return StoredForm(name, shape, self._dtype, None, None)
 
     def chunks(self, form: StoredForm, first: int, last: int) -> Iterator[torch.Tensor]:
-        step = _rows_per_chunk(form.row_bytes)
+        dtype = torch.float32 if form.codec else form.dtype
+        step = min(_rows_per_chunk(form.row_len * dtype.itemsize), max(last - first, 1))
+        buffer = _new_numbers(step * form.row_len, dtype)
         for row in range(first, last, step):
-            numbers = self._numbers(form, row, min(row + step, last))
-            yield form.codec.encode(numbers) if form.codec else _as_bytes(numbers.to(form.dtype))
+            count = min(step, last - row) * form.row_len
+            numbers = self._fill(form, row * form.row_len, buffer[:count]).view(-1, form.row_len)
+            yield form.codec.encode(numbers) if form.codec else _as_bytes(numbers)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         form = StoredForm(name, shape, self._dtype, None, None)
-        return self._numbers(form, 0, form.num_rows).to(self._dtype).view(shape)
+        return self._fill(form, 0, _new_numbers(form.num_rows * form.row_len, self._dtype)).view(shape)
 
-    def _numbers(self, form: StoredForm, first: int, last: int) -> torch.Tensor:
+    def _fill(self, form: StoredForm, start: int, numbers: torch.Tensor) -> torch.Tensor:
+        """With those of the tensor from number `start` on."""
         if len(form.shape) == 1:
-            value = 1.0 if "norm" in form.name and form.name.endswith("weight") else 0.0
-            return torch.full((1, form.row_len), value)
-        start = (zlib.crc32(form.name.encode()) + first * form.row_len) % DUMMY_POOL
-        count = (last - first) * form.row_len
-        repeats = -(-(start + count) // DUMMY_POOL)
-        return self._pool.repeat(repeats)[start : start + count].view(last - first, form.row_len)
+            return numbers.fill_(1.0 if "norm" in form.name and form.name.endswith("weight") else 0.0)
+        place, done = zlib.crc32(form.name.encode()) + start, 0
+        while done < len(numbers):
+            offset = (place + done) % DUMMY_POOL
+            count = min(len(numbers) - done, DUMMY_POOL - offset)
+            numbers[done : done + count] = self._pool[offset : offset + count]
+            done += count
+        return numbers
+
+
+def _new_numbers(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Not from the allocator, which would keep what large chunks leave."""
+    return new_buffer(count * dtype.itemsize)[: count * dtype.itemsize].view(dtype)
 
 
 def _chunks_of(tensor: torch.Tensor, form: StoredForm, first: int, last: int) -> Iterator[torch.Tensor]:

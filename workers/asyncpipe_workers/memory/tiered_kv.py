@@ -390,4 +390,4 @@ class TieredKV:
         """(n, H, K) as they are stored, (n, B)."""
         if self._codec is not None:
             return self._codec.encode(x_THK).view(len(x_THK), -1)
-        return x_THK.reshape(len(x_THK), -1).view(torch.uint8)
+        return x_THK.contiguous().view(len(x_THK), -1).view(torch.uint8)

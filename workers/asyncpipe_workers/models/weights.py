@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from asyncpipe_workers.models.kernels import project
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -24,9 +26,8 @@ class Linear:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.parts) == 1:
-            return F.linear(x, self.parts[0], self.bias)
-        y = torch.cat([F.linear(x, part) for part in self.parts], dim=-1)
+        ys = [project(x, part) for part in self.parts]
+        y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
         return y if self.bias is None else y.add_(self.bias)
 
 
