@@ -83,7 +83,7 @@ def test_what_is_derived_fits_into_the_budgets(case: tuple[StageDemand, Policy, 
     policy = derive_policy(demand=demand, budget=budget, base=base)
     assert used(demand, policy, "device") + working_bytes(demand, policy) <= budget.device * (1 + 1e-9)
     if budget.host is None:
-        assert not policy.weights.disk and not policy.needs_disk
+        assert policy.weights.disk == policy.cache.disk == policy.activations.disk == 0
     else:
         assert used(demand, policy, "host") <= budget.host * (1 + 1e-9)
     assert policy.activations.disk == 0

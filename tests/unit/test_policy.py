@@ -84,14 +84,12 @@ def test_what_is_neither_on_the_device_nor_on_the_host_is_on_disk() -> None:
     assert found.weights == Shares(20, 50, 30)
     assert (found.cache, found.activations) == (Shares(0, 100, 0), Shares(100, 0, 0))
     assert (found.w_disk_percent, found.cache_disk_percent, found.act_disk_percent) == (30, 0, 0)
-    assert found.moves_weights and found.moves_cache and not found.needs_disk
 
 
 @pytest.mark.parametrize("device", [33.3, 33.33, 66.6, 0.1, 14.29])
 def test_percentages_that_add_up_to_100_but_for_rounding_leave_nothing_on_disk(device: float) -> None:
     found = Policy(cache_gpu_percent=device, cache_cpu_percent=round(100 - device, 2))
     assert found.cache.disk == 0.0
-    assert not found.needs_disk
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
