@@ -40,15 +40,18 @@ class Scale(NamedTuple):
     shape: Shape
     prompt_len: int
     new_tokens: int  # the first comes with the prompt; the others are timed
-    blocks: tuple[int, ...]  # of sequences, that are tried
+    blocks: tuple[int, ...]  # of sequences, that are tried, the largest first
+    probe: int  # a block of which the arithmetic is timed
     batch: int  # sequences that are computed at once
     repeats: int
     limit_bytes: int  # of memory
 
 
 SCALES = {
-    "full": Scale(Shape(hidden=2048, layers=24, vocab=50_272), 32, 7, (8, 16, 32, 64, 96, 128, 192), 32, 3, 1300 << 20),
-    "quick": Scale(Shape(hidden=1024, layers=12, vocab=16_384), 16, 6, (8, 32, 96, 192), 32, 2, 600 << 20),
+    "full": Scale(
+        Shape(hidden=2048, layers=24, vocab=50_272), 32, 7, (192, 128, 96, 64, 48, 32, 24, 16, 8), 64, 64, 3, 1300 << 20
+    ),
+    "quick": Scale(Shape(hidden=1024, layers=12, vocab=16_384), 16, 6, (256, 128, 64, 32, 16), 64, 64, 2, 600 << 20),
 }
 
 
@@ -155,6 +158,7 @@ class Bench:
         self.bar.set_postfix_str(f"{system}, block of {block}, overlap {'on' if overlap else 'off'}")
         self.bar.update()
         scale, shape = self.scale, self.scale.shape
+        self.evict()
         with memory_limit(self.limit_bytes) as group:
             self.is_limited = group is not None
             case = {
@@ -185,6 +189,14 @@ class Bench:
         found = json.loads(done.stdout.splitlines()[-1])
         return Run(block, found["steps_s"], found["wait_s"])
 
+    def evict(self) -> None:
+        """Out of the page cache: what is there already would not count against a run's limit."""
+        for path in self.model.glob("*.safetensors"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
     def policy(self, block: int, *, overlap: bool) -> dict[str, Any]:
         """Weights on disk; of keys and values, what fits beside the program and its buffers stays in memory."""
         room = max(self.limit_bytes - self.working_bytes, 0)
@@ -209,14 +221,9 @@ class Bench:
         return (420 << 20) + 3 * 8 * shape.hidden**2 * 4 + self.scale.batch * self.scale.prompt_len * 6 * shape.hidden * 4
 
     def best(self, system: str) -> Run | None:
-        """The fastest block that fits: larger and larger ones, until one does not or is no faster."""
-        best: Run | None = None
-        for block in self.scale.blocks:
-            run = self.run(system, block)
-            if run is None or (best is not None and run.tokens_per_s < best.tokens_per_s):
-                break
-            best = run
-        return best
+        """At the largest block that fits."""
+        runs = (self.run(system, block) for block in self.scale.blocks)
+        return next((run for run in runs if run is not None), None)
 
     def disk_bytes_per_s(self) -> float:
         """Of reading the weights as a stage does, and nothing else."""
@@ -242,7 +249,8 @@ class Bench:
 
 def measure(bench: Bench) -> dict[str, Any]:
     ours, accelerate = bench.best("ours"), bench.best("accelerate")
-    block = balanced_block(bench)
+    probe = require(bench.run("ours", bench.scale.probe, overlap=False))
+    block = balanced_block(probe)
     rates, on, off = [], [], []
     for _ in range(bench.scale.repeats):
         rates.append(bench.disk_bytes_per_s())
@@ -270,10 +278,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
 
 
-def balanced_block(bench: Bench) -> int:
-    """Where arithmetic takes nearest to as long as reading."""
-    runs = [run for block in bench.scale.blocks[1:] if (run := bench.run("ours", block, overlap=False)) is not None]
-    return min(runs, key=lambda run: abs(compute_seconds(run) - (run.step_s - compute_seconds(run)))).block
+def balanced_block(probe: Run) -> int:
+    """Where arithmetic takes as long as reading: it grows with the block, reading does not."""
+    read_s = probe.step_s - compute_seconds(probe)
+    return min(max(round(probe.block * read_s / compute_seconds(probe) / 8), 1) * 8, 256)
 
 
 def compute_seconds(run: Run) -> float:

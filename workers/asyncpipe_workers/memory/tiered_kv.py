@@ -10,42 +10,38 @@ Shapes: T rows of a step, C past tokens, H heads, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import TierBytes
 from asyncpipe_workers.attention import QKV, KeysValues, attend_chunk
-from asyncpipe_workers.layout import Row, Span, StepLayout
+from asyncpipe_workers.layout import Span, StepLayout
 from asyncpipe_workers.memory.disk import new_buffer
 from asyncpipe_workers.memory.kv import KVShape
 from asyncpipe_workers.memory.quantization import GroupCodec
 from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
+from asyncpipe_workers.memory.routes import Group, Growth, Homes3, Router, Stretch
 from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely
 from asyncpipe_workers.memory.shares import Apportionment, Counts
 from asyncpipe_workers.memory.token_stores import DiskTokens, MemoryTokens, Part
 from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 
 KEYS, VALUES = 0, 1
+FETCH_TASKS = 4  # for a batch: as many as there are threads
 NUM_WORKSPACES = 2  # of the batch that is computed, and of the next
 HOST = torch.device("cpu")
 
 
-class Growth(NamedTuple):
-    """A sequence's tokens on each tier before the step at hand, and those that it adds."""
-
-    old: Counts
-    added: Counts
-
-
 class _Homeward(NamedTuple):
-    """New keys or values (n, H, K) whose homes are not on the device."""
+    """New keys or values (n, H, K) of a chunk whose homes are not on the device."""
 
     part: Part
     slot: int
@@ -64,12 +60,11 @@ class Workspace:
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """What a batch needs for a layer, on its way. `starts` says where each slot's tokens begin in the workspace."""
+    """What a batch needs for a layer, on its way to a workspace: keys and values, (C, H, K) each."""
 
     workspace: Workspace
-    keys: torch.Tensor  # (C, H, K)
-    values: torch.Tensor
-    starts: dict[int, int]
+    numbers: tuple[torch.Tensor, torch.Tensor]
+    stretches: Mapping[int, Stretch]  # by slot
     tasks: list[Future[None]]
 
 
@@ -98,6 +93,7 @@ class TieredKV:
         self._free = list(range(shape.max_sequences))[::-1]
         self._lengths = [Counts()] * shape.max_sequences
         self._growth: dict[int, Growth] = {}
+        self._router = Router(policy, self._growth)
         most = self._split.most(shape.max_context_len)
         sizes = {"max_sequences": shape.max_sequences, "token_bytes": self.token_bytes}
         self._on_device = MemoryTokens(num_layers=shape.num_layers, capacity=most.device, device=device, **sizes)
@@ -164,8 +160,12 @@ class TieredKV:
             for task in fetch.tasks:
                 self._log.wait(Cargo.CACHE_LOADS, task, f"keys and values of layer {layer}")
         out_THK = torch.empty_like(qkv.q_THK)
-        for index, row in enumerate(layout.rows):
-            out_THK[index] = self._attend_row(layer, index, row, qkv, fetch)
+        route = self._router.route(layout)
+        for group in route.groups:
+            assert fetch is not None  # noqa: S101 - a group's tokens are in the workspace
+            out_THK[group.first : group.last] = self._attend_group(group, qkv, fetch)
+        for index in route.alone:
+            out_THK[index] = self._attend_row(layer, index, layout.rows[index].slot, qkv, fetch)
         for span in layout.spans:
             out_THK[span.start : span.end] = self._attend_span(layer, span, qkv, fetch)
         if layout.padding:
@@ -173,12 +173,26 @@ class TieredKV:
         self._store(layer, qkv, layout)
         if fetch is not None:
             self._leave(fetch.workspace)
+        if layer == self._shape.num_layers - 1:
+            self._router.forget(layout)
         return out_THK
 
-    def _attend_row(self, layer: int, index: int, row: Row, qkv: QKV, fetch: Fetch | None) -> torch.Tensor:
-        """(H, K): one new token over the past ones and itself."""
+    def _attend_group(self, group: Group, qkv: QKV, fetch: Fetch) -> torch.Tensor:
+        """(n, H, K): one new token each of n sequences of the same length, side by side in the workspace."""
+        rows, num = slice(group.first, group.last), group.last - group.first
+        size_NCHK = (num, group.length + 1, *qkv.k_THK.shape[1:])
+        stretch = slice(group.start, group.start + num * (group.length + 1))
+        keys_NCHK, values_NCHK = (numbers[stretch].view(size_NCHK) for numbers in fetch.numbers)
+        keys_NCHK[:, -1], values_NCHK[:, -1] = qkv.k_THK[rows], qkv.v_THK[rows]
+        out_NH1K = F.scaled_dot_product_attention(
+            qkv.q_THK[rows].unsqueeze(2), keys_NCHK.transpose(1, 2), values_NCHK.transpose(1, 2)
+        )
+        return out_NH1K.squeeze(2)
+
+    def _attend_row(self, layer: int, index: int, slot: int, qkv: QKV, fetch: Fetch | None) -> torch.Tensor:
+        """(H, K): one new token over past ones that are in several places, and itself."""
         own = slice(index, index + 1)
-        segments = self._segments(layer, row.slot, fetch)
+        segments = self._segments(layer, slot, fetch, whole=False)
         newest = KeysValues(qkv.k_THK[own], qkv.v_THK[own])
         if self._policy.attn_sparsity < 1.0:
             return attend_sparsely(qkv.q_THK[index], segments, newest, sparsity=self._policy.attn_sparsity)
@@ -194,39 +208,31 @@ class TieredKV:
 
     # --- past tokens ---
 
-    def _segments(self, layer: int, slot: int, fetch: Fetch | None, *, whole: bool = False) -> list[Segment]:
-        """Stretches of past tokens, each (C, H, K), where attention can use them. `whole`: values are wanted all of them."""
+    def _segments(self, layer: int, slot: int, fetch: Fetch | None, *, whole: bool) -> list[Segment]:
+        """Past tokens, (C, H, K) each, where attention can use them."""
         old, segments = self._growth[slot].old, []
-        if old.device and not self._codec:
+        fetched = self._router.in_workspace(old, whole=whole)
+        if old.device > fetched.device:
             segments.append(self._in_place(self._on_device, layer, slot, old.device))
-        if old.host and self._uses_host_in_place(whole):
+        if old.host > fetched.host:
             segments.append(self._in_place(self._on_host, layer, slot, old.host))
-        if fetch is not None and (count := self._num_fetched(old, whole)):
-            start = fetch.starts[slot]
-            stretch = slice(start, start + count)
-            if self._fetches_values(whole):
-                segments.append(Segment(fetch.keys[stretch], fetch.values[stretch]))
-            else:
-                segments.append(Segment(fetch.keys[stretch], None, self._gather(layer, slot, old)))
+        if fetch is not None and any(fetched):
+            keys, values = (numbers[self._stretch_of(fetch, slot)] for numbers in fetch.numbers)
+            sparse = self._policy.attn_sparsity < 1.0 and not whole
+            segments.append(Segment(keys, None, self._gather(layer, slot, fetched)) if sparse else Segment(keys, values))
         return segments
+
+    def _stretch_of(self, fetch: Fetch, slot: int) -> slice:
+        stretch = fetch.stretches[slot]
+        return slice(stretch.start, stretch.end)
 
     def _in_place(self, tokens: MemoryTokens, layer: int, slot: int, count: int) -> Segment:
         keys, values = (self._numbers(tokens.rows(Part(layer, which), slot, 0, count)) for which in (KEYS, VALUES))
         return Segment(keys, values)
 
-    def _uses_host_in_place(self, whole: bool) -> bool:
-        return self._policy.cpu_cache_compute and not self._codec and not whole
-
-    def _fetches_values(self, whole: bool) -> bool:
-        return whole or self._policy.attn_sparsity >= 1.0
-
-    def _num_fetched(self, old: Counts, whole: bool) -> int:
-        """Tokens that are brought to the workspace."""
-        return (old.device if self._codec else 0) + (0 if self._uses_host_in_place(whole) else old.host) + old.disk
-
-    def _gather(self, layer: int, slot: int, old: Counts) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _gather(self, layer: int, slot: int, fetched: Counts) -> Callable[[torch.Tensor], torch.Tensor]:
         """Of the fetched tokens, single values: (H, n) indices to (H, n, K)."""
-        part, num_host = Part(layer, VALUES), 0 if self._uses_host_in_place(False) else old.host
+        part, num_host = Part(layer, VALUES), fetched.host
 
         def gather(chosen_HN: torch.Tensor) -> torch.Tensor:
             unique_U, places_HN = torch.unique(chosen_HN.cpu(), return_inverse=True)
@@ -246,31 +252,18 @@ class TieredKV:
 
     def _fetch(self, layer: int, layout: StepLayout) -> Fetch | None:
         """Begin to; None when nothing has to come."""
-        wanted = [(row.slot, False) for row in layout.rows] + [(s.member.slot, True) for s in layout.spans if s.position]
-        starts, total = {}, 0
-        for slot, whole in wanted:
-            starts[slot] = total
-            total += self._num_fetched(self._growth[slot].old, whole)
-        if not total:
+        route = self._router.route(layout)
+        if not route.num_tokens:
             return None
-        workspace, keys, values = self._enter(total)
+        workspace, numbers = self._enter(route.num_tokens)
         before = list(self._stores[layer])
+        stretches = [stretch for stretch in route.stretches.values() if any(stretch.tokens)]
+        share = -(-len(stretches) // FETCH_TASKS) or 1
         tasks = [
-            self._pool.submit(
-                self._bring,
-                Part(layer, which),
-                slot,
-                self._growth[slot].old,
-                whole,
-                (keys, values)[which],
-                starts[slot],
-                before,
-            )
-            for slot, whole in wanted
-            for which in (KEYS, VALUES)
-            if self._num_fetched(self._growth[slot].old, whole) and (which == KEYS or self._fetches_values(whole))
+            self._pool.submit(self._bring, layer, stretches[first : first + share], numbers, before)
+            for first in range(0, len(stretches), share)
         ]
-        fetch = Fetch(workspace, keys, values, starts, tasks)
+        fetch = Fetch(workspace, numbers, route.stretches, tasks)
         if not self._policy.overlap:
             for task in tasks:
                 self._log.wait(Cargo.CACHE_LOADS, task, f"keys and values of layer {layer}")
@@ -279,27 +272,30 @@ class TieredKV:
     @torch.inference_mode()
     def _bring(
         self,
-        part: Part,
-        slot: int,
-        old: Counts,
-        whole: bool,
-        target: torch.Tensor,
-        start: int,
+        layer: int,
+        stretches: Sequence[Stretch],
+        numbers: tuple[torch.Tensor, torch.Tensor],
         before: Sequence[Future[None]],
     ) -> None:
-        """Copy, read and unpack one sequence's tokens, once those of earlier steps have been brought home."""
+        """Copy, read and unpack past tokens, once those of earlier steps have been brought home."""
         for store in before:
             store.result(timeout=TRANSFER_TIMEOUT_S)
-        with self._log.moving(Cargo.CACHE_LOADS, self._num_fetched(old, whole) * self.token_bytes):
-            if self._codec and old.device:
-                start = self._put(target, start, self._on_device.rows(part, slot, 0, old.device))
-            if old.host and not self._uses_host_in_place(whole):
-                start = self._put(target, start, self._on_host.rows(part, slot, 0, old.host))
-            if old.disk and self._on_disk is not None:
-                self._read(part, slot, old.disk, target[start : start + old.disk])
+        for stretch in stretches:
+            for which in (KEYS,) if stretch.keys_only else (KEYS, VALUES):
+                with self._log.moving(Cargo.CACHE_LOADS, sum(stretch.tokens) * self.token_bytes):
+                    self._bring_stretch(Part(layer, which), stretch, numbers[which])
+
+    def _bring_stretch(self, part: Part, stretch: Stretch, target: torch.Tensor) -> None:
+        slot, (device, host, disk), start = stretch.slot, stretch.tokens, stretch.start
+        if device:
+            start = self._put(target, start, self._on_device.rows(part, slot, 0, device))
+        if host:
+            start = self._put(target, start, self._on_host.rows(part, slot, 0, host))
+        if disk:
+            self._read(part, slot, disk, target[start : start + disk])
 
     def _read(self, part: Part, slot: int, count: int, target: torch.Tensor) -> None:
-        assert self._on_disk is not None  # noqa: S101 - asked by the only caller
+        assert self._on_disk is not None  # noqa: S101 - there are tokens on it
         if self._codec is None and self._device.type == "cpu":
             self._on_disk.read(part, slot, 0, target.view(count, -1).view(torch.uint8))
             return
@@ -317,7 +313,7 @@ class TieredKV:
             self._codec.decode(heads, self._shape.head_size, dtype=self._shape.dtype, out=target[start:end])
         return end
 
-    def _enter(self, num_tokens: int) -> tuple[Workspace, torch.Tensor, torch.Tensor]:
+    def _enter(self, num_tokens: int) -> tuple[Workspace, tuple[torch.Tensor, torch.Tensor]]:
         workspace = next((w for w in self._workspaces if not w.in_use), None)
         if workspace is None:
             raise Invalid("more batches are fetched ahead than there are workspaces")
@@ -326,7 +322,7 @@ class TieredKV:
         if workspace.memory.numel() < 2 * half:
             workspace.memory = self._new_workspace(2 * half)
         size_CHK = (num_tokens, self._shape.num_heads, self._shape.head_size)
-        return workspace, workspace.memory[:half].view(size_CHK), workspace.memory[half : 2 * half].view(size_CHK)
+        return workspace, (workspace.memory[:half].view(size_CHK), workspace.memory[half : 2 * half].view(size_CHK))
 
     def _new_workspace(self, size: int) -> torch.Tensor:
         dtype = self._shape.dtype
@@ -342,32 +338,54 @@ class TieredKV:
     # --- bringing new tokens home ---
 
     def _store(self, layer: int, qkv: QKV, layout: StepLayout) -> None:
-        ranges = [(row.slot, index, index + 1) for index, row in enumerate(layout.rows)]
-        ranges += [(span.member.slot, span.start, span.end) for span in layout.spans]
-        elsewhere = []
-        for slot, start, end in ranges:
-            old, added = self._growth[slot]
-            for which, x_THK in ((KEYS, qkv.k_THK), (VALUES, qkv.v_THK)):
-                if added.device:
-                    rows = self._stored(x_THK[start : start + added.device])
-                    self._on_device.rows(Part(layer, which), slot, old.device, old.device + added.device).copy_(rows)
-                if added.host or added.disk:
-                    elsewhere.append(_Homeward(Part(layer, which), slot, old, added, x_THK[start + added.device : end]))
+        homes = self._router.route(layout).homes
+        away: list[_Homeward] = []
+        for which, x_THK in ((KEYS, qkv.k_THK), (VALUES, qkv.v_THK)):
+            part = Part(layer, which)
+            if homes.device is not None:
+                self._on_device.put(part, homes.device.slots_N, homes.device.places_N, self._stored(x_THK[homes.device.rows_N]))
+            for span in layout.spans:
+                away += self._store_chunk(part, span, x_THK[span.start : span.end])
         self._stores[layer] = [store for store in self._stores[layer] if not store.done() or store.exception()]
-        if elsewhere:
-            self._stores[layer].append(self._pool.submit(self._bring_home, elsewhere))
+        if away or homes.host is not None or homes.disk is not None:
+            self._stores[layer].append(self._pool.submit(self._bring_home, layer, homes, (qkv.k_THK, qkv.v_THK), away))
         if not self._policy.overlap:
             self._await_stores([layer])
 
+    def _store_chunk(self, part: Part, span: Span, x_THK: torch.Tensor) -> Iterator[_Homeward]:
+        """What stays on the device, at once; the rest is given back, to be brought home."""
+        old, added = self._growth[span.member.slot]
+        if added.device:
+            rows = self._on_device.rows(part, span.member.slot, old.device, old.device + added.device)
+            rows.copy_(self._stored(x_THK[: added.device]))
+        if added.host or added.disk:
+            yield _Homeward(part, span.member.slot, old, added, x_THK[added.device :])
+
     @torch.inference_mode()
-    def _bring_home(self, parts: Sequence[_Homeward]) -> None:
-        for part, slot, old, added, x_THK in parts:
+    def _bring_home(
+        self, layer: int, homes: Homes3, keys_values: tuple[torch.Tensor, torch.Tensor], away: Sequence[_Homeward]
+    ) -> None:
+        for which, x_THK in enumerate(keys_values):
+            self._bring_rows_home(Part(layer, which), homes, x_THK)
+        for part, slot, old, added, x_THK in away:
             rows = self._stored(x_THK).to(HOST)
             with self._log.moving(Cargo.CACHE_STORES, rows.numel()):
                 if added.host:
                     self._on_host.rows(part, slot, old.host, old.host + added.host).copy_(rows[: added.host])
                 if added.disk and self._on_disk is not None:
                     self._on_disk.write(part, slot, old.disk, rows[added.host :])
+
+    def _bring_rows_home(self, part: Part, homes: Homes3, x_THK: torch.Tensor) -> None:
+        if homes.host is not None:
+            rows = self._stored(x_THK[homes.host.rows_N]).to(HOST)
+            with self._log.moving(Cargo.CACHE_STORES, rows.numel()):
+                self._on_host.put(part, homes.host.slots_N, homes.host.places_N, rows)
+        if homes.disk is not None and self._on_disk is not None:
+            rows = self._stored(x_THK[homes.disk.rows_N]).to(HOST)
+            places = zip(homes.disk.slots_N.tolist(), homes.disk.places_N.tolist(), strict=True)
+            with self._log.moving(Cargo.CACHE_STORES, rows.numel()):
+                for index, (slot, place) in enumerate(places):
+                    self._on_disk.write(part, slot, place, rows[index : index + 1])
 
     def _await_stores(self, layers: Sequence[int]) -> None:
         for layer in layers:

@@ -5,6 +5,7 @@ Shapes: S slots, C capacity of a slot in tokens, B bytes of a token. There are `
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.memory.disk import ScratchFile, aligned_up
-from asyncpipe_workers.memory.kv import MAP_NORESERVE
+from asyncpipe_workers.memory.kv import MAP_NORESERVE, PAGE_BYTES
 
 
 class Part(NamedTuple):
@@ -35,16 +36,21 @@ class MemoryTokens:
     """
 
     def __init__(self, *, num_layers: int, max_sequences: int, capacity: int, token_bytes: int, device: torch.device) -> None:
-        self._token_bytes = token_bytes
-        self._slot_bytes = aligned_up(capacity * token_bytes)
+        granule = PAGE_BYTES // math.gcd(PAGE_BYTES, token_bytes)
+        capacity = -(-capacity // granule) * granule  # so that a slot is whole pages
+        self._slot_bytes = capacity * token_bytes
         self._maps: list[mmap.mmap] = []
         num_bytes = max_sequences * self._slot_bytes
-        self._tables = [self._new(num_bytes, device).view(max_sequences, -1) for _ in range(2 * num_layers if capacity else 0)]
+        size_SCB = (max_sequences, capacity, token_bytes)
+        self._tables = [self._new(num_bytes, device).view(size_SCB) for _ in range(2 * num_layers if capacity else 0)]
 
     def rows(self, part: Part, slot: int, start: int, end: int) -> torch.Tensor:
         """Tokens [start, end), (end - start, B) uint8, in place."""
-        stretch = self._tables[part.number][slot, start * self._token_bytes : end * self._token_bytes]
-        return stretch.view(end - start, self._token_bytes)
+        return self._tables[part.number][slot, start:end]
+
+    def put(self, part: Part, slots_N: torch.Tensor, places_N: torch.Tensor, rows_NB: torch.Tensor) -> None:
+        """One token of each of N sequences."""
+        self._tables[part.number][slots_N, places_N] = rows_NB
 
     def release(self, slot: int) -> None:
         """Nobody will read what is there; the memory goes back."""
