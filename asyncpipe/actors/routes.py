@@ -20,7 +20,7 @@ from asyncpipe.actors.envelope import (
 )
 from asyncpipe.actors.mailbox import Letter, Reply
 from asyncpipe.actors.ref import ActorRef
-from asyncpipe.errors import AsyncPipeError, Busy, Refused, Timeout, WireError, from_data, to_data
+from asyncpipe.errors import AsyncPipeError, Busy, Closed, Refused, Timeout, WireError, from_data, to_data
 from asyncpipe.ids import ActorName, NodeId
 from asyncpipe.transport.base import Delivery, Lane, Link
 from asyncpipe.wire.codec import Codec, encode
@@ -140,6 +140,9 @@ class Peer:
         except WireError as error:
             log.warning("%s %s broke the protocol: %s", link.remote.role, link.remote.node, error)
             link.abort(error)
+        except Closed as error:  # we are stopping, and whoever sent this has not heard of it yet
+            delivery.done()
+            log.debug("dropped a message from %s %s: %s", link.remote.role, link.remote.node, error)
         except AsyncPipeError as error:
             delivery.done()
             log.warning("dropped a message from %s %s: %s", link.remote.role, link.remote.node, error)

@@ -121,15 +121,15 @@ class _Loader:
         )
 
     def _units(self, *, separate: bool) -> StageUnits:
-        """The head of a stage whose weights move is cut up, so that none of its parts is larger than a layer's."""
+        """The head of a stage whose weights move is cut up, so that the ring need not be longer for it than for layers."""
         plan = self._plan
         bounds = {"first": plan.first_layer, "last": plan.last_layer, "separate": separate}
         units = self._family.units(self._config, logits_rows=None, **bounds)
         if not self._policy.moves_weights or not units.logits:
             return units
-        largest = max(sum(_numbers(wanted) for wanted in unit.wanted) for unit in units.layers)
+        smallest = min(sum(_numbers(wanted) for wanted in unit.wanted) for unit in units.layers)
         row_len = units.logits[0].wanted[0].shape[-1]
-        return self._family.units(self._config, logits_rows=max(largest // row_len, 1), **bounds)
+        return self._family.units(self._config, logits_rows=max(smallest // row_len, 1), **bounds)
 
     @contextlib.contextmanager
     def _source(self) -> Iterator[TensorSource]:

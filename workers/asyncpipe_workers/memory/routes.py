@@ -1,4 +1,4 @@
-"""For one batch of a pass: which past tokens go where for attention, and where the new ones' homes are. The same for all layers.
+"""For a batch of a pass: which past tokens go where for attention, and where the new ones' homes are; the same for all layers.
 
 Shapes: N rows (new tokens of continuing sequences), C past tokens.
 """
