@@ -21,7 +21,7 @@ from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
 from asyncpipe_workers.manifest import QUANTIZED_SUFFIX
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import GroupCodec, is_compressible
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTER_FILE = "outer.safetensors"
@@ -133,7 +133,7 @@ def _order(tensor: PlannedTensor) -> tuple[Any, ...]:
 def _plan_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, compression: Compression | None) -> PlannedTensor:
     stored_dtype, shape = checkpoint.describe(name)
     stored_name = checkpoint.stored_name(name)
-    if compression is not None and _is_compressible(name, stored_dtype, shape):
+    if compression is not None and stored_dtype.is_floating_point and is_compressible(name, shape):
         packed = (*shape[:-1], GroupCodec(compression.group_size).packed_size(shape[-1]))
         return PlannedTensor(name, shape, stored_name + QUANTIZED_SUFFIX, torch.uint8, packed, is_compressed=True)
     if not stored_dtype.is_floating_point:
@@ -141,9 +141,3 @@ def _plan_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, compress
     if dtype not in DTYPE_NAMES:
         raise Invalid(f"{checkpoint.path}: tensor {name} has dtype {dtype}, which safetensors files cannot hold")
     return PlannedTensor(name, shape, stored_name, dtype, shape, is_compressed=False)
-
-
-def _is_compressible(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Matrices, but for tables of positions, which are small and added to everything."""
-    is_position_table = "position" in name or name.endswith("wpe.weight")
-    return name.endswith(".weight") and len(shape) >= 2 and dtype.is_floating_point and not is_position_table

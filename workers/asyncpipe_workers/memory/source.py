@@ -14,12 +14,11 @@ import torch
 
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import GroupCodec, is_compressible
 
 CHUNK_BYTES = 16 << 20  # of rows read, or packed, at once
 DUMMY_STD = 0.02
 DUMMY_POOL = 1 << 20
-UNPACKED = ("embed_positions.weight", "embed_tokens.weight", "lm_head.weight")  # looked up by row, and worth their bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +77,6 @@ class TensorSource(Protocol):
         ...
 
 
-def may_be_packed(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and not name.endswith(UNPACKED)
-
-
 def _rows_per_chunk(row_bytes: int) -> int:
     return max(CHUNK_BYTES // row_bytes, 1)
 
@@ -103,7 +98,7 @@ class CheckpointSource:
             place = self._checkpoint.locate(f"{name}.q4", packed_shape)
             return StoredForm(name, shape, torch.uint8, self._packed_codec, place)
         plain = self._plain_form(name, shape)
-        if self._codec is None or not may_be_packed(name, shape):
+        if self._codec is None or not is_compressible(name, shape):
             return plain
         return StoredForm(name, shape, torch.uint8, self._codec, None)
 
@@ -160,7 +155,7 @@ class DummySource:
         self._codec = codec
 
     def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
-        if self._codec is not None and may_be_packed(name, shape):
+        if self._codec is not None and is_compressible(name, shape):
             return StoredForm(name, shape, torch.uint8, self._codec, None)
         return StoredForm(name, shape, self._dtype, None, None)
 
