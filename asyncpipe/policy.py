@@ -15,6 +15,8 @@ from typing import NamedTuple
 from asyncpipe.errors import Invalid
 
 MAX_BATCHES = 4096
+GROUP_HEADER_BYTES = 4  # a scale and a minimum, in half precision
+EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
 
 
 class Placement(enum.StrEnum):
@@ -51,6 +53,21 @@ class Compression:
             raise Invalid(f"compression to {self.num_bits} bits: only 4 bits are supported")
         if not 2 <= self.group_size <= 4096 or self.group_size % 2:
             raise Invalid(f"compression in groups of {self.group_size}: use an even number from 2 to 4096")
+
+    def packed_bytes(self, size: int) -> int:
+        """Of a row of `size` numbers, in whole groups."""
+        return packed_bytes(size, self.group_size)
+
+
+def packed_bytes(size: int, group_size: int) -> int:
+    """Of a row of `size` numbers in 4 bits, in whole groups, with each group's scale and minimum."""
+    return -(-size // group_size) * (group_size // 2 + GROUP_HEADER_BYTES)
+
+
+def is_compressible(name: str, shape: tuple[int, ...]) -> bool:
+    """Matrices of layers and projections. Embeddings and the head are looked up or compared row by row, and worth their bits:
+    packing them too doubles what 4 bits cost in perplexity."""
+    return len(shape) > 1 and name.endswith(".weight") and not name.endswith(EMBEDDINGS)
 
 
 @dataclass(frozen=True, slots=True)

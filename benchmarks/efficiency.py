@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from report import print_result
 
 from asyncpipe import Client, connect
 from asyncpipe.wire.messages import Status
@@ -137,11 +138,7 @@ def main() -> None:
     arguments = make_parser().parse_args()
     names = {"stages": arguments.stages, "uneven": arguments.uneven, "link_ms": arguments.link_ms}
     result = names | uvloop.run(measure(arguments))
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value}")
+    print_result(result, as_json=arguments.json)
 
 
 if __name__ == "__main__":

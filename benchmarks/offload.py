@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from memory_limit import join, memory_limit
 from random_model import Shape, make_large_model
+from report import print_result
 from tqdm import tqdm
 
 THREADS = 2
@@ -338,11 +339,7 @@ def main() -> None:
     scale = scale._replace(repeats=arguments.repeats or scale.repeats)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, tqdm(unit="run", disable=None) as bar:
         result = measure(Bench(Path(folder), scale, bar))
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value}")
+    print_result(result, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 
 import uvloop
 from random_model import make_model
+from report import print_result
 from tqdm import tqdm
 
 from asyncpipe import Client, connect
@@ -97,11 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = uvloop.run(run(arguments, Path(folder)))
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value}")
+    print_result(result, as_json=arguments.json)
 
 
 if __name__ == "__main__":

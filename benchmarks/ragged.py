@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import uvloop
 from random_model import make_model
+from report import print_result
 from tqdm import tqdm
 
 from asyncpipe import Client, connect
@@ -126,11 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = uvloop.run(run(arguments, Path(folder)))
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value}")
+    print_result(result, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncpipe.policy import Shares
 from asyncpipe.wire.fields import Count, Seconds
 
 
@@ -13,6 +14,12 @@ class TierBytes(msgspec.Struct, frozen=True, array_like=True):
     device: Count = 0
     host: Count = 0
     disk: Count = 0
+
+    @classmethod
+    def shared_out(cls, num_bytes: int, shares: Shares) -> TierBytes:
+        """By percent; what rounding leaves over is on disk."""
+        device, host = (int(num_bytes * share / 100) for share in (shares.device, shares.host))
+        return cls(device, host, num_bytes - device - host)
 
     @property
     def total(self) -> int:

@@ -6,25 +6,22 @@ Workers of a benchmark are processes of this machine: stages share its memory an
 from __future__ import annotations
 
 import mmap
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import Policy, Shares
+from asyncpipe.free_space import free_disk_bytes, free_memory_bytes
+from asyncpipe.policy import Shares
 from asyncpipe_coordinator.bench_metrics import Workload
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.partition import LayerRange
 from asyncpipe_coordinator.model_files import ModelInfo
-from asyncpipe_coordinator.planner.demand import GROUP_HEADER_BYTES, stage_demand
+from asyncpipe_coordinator.planner.demand import kv_token_bytes, rounded_up, stage_demand
 from asyncpipe_coordinator.planner.stages import DTYPE_BYTES
 from asyncpipe_coordinator.tensor_shapes import expected_shapes
 from asyncpipe_coordinator.tier_lines import size_text
-
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class Needed(NamedTuple):
@@ -42,7 +39,7 @@ def kv_bytes_of_stages(
     As workers count it: in whole blocks, a head's tokens of a block in whole pages, and as if it were not compressed.
     """
     heads: int = model.config["num_attention_heads"]
-    head_bytes = _rounded_up(block_tokens * (model.hidden_size // heads) * DTYPE_BYTES[dtype], mmap.PAGESIZE)
+    head_bytes = rounded_up(block_tokens * (model.hidden_size // heads) * DTYPE_BYTES[dtype], mmap.PAGESIZE)
     num_blocks = workload.num_prompts * -(-(workload.prompt_len + workload.num_generated) // block_tokens)
     return tuple(2 * (last - first) * heads * head_bytes * num_blocks for first, last in layers)
 
@@ -51,6 +48,7 @@ def needed(config: ServiceConfig, model: ModelInfo, workload: Workload, layers: 
     """`config` has a policy for each stage, not budgets."""
     total = Needed(0, 0)
     shapes = expected_shapes(model.path, model.config)
+    num_tokens = workload.num_prompts * (workload.prompt_len + workload.num_generated)
     for stage, own in enumerate(layers):
         policy = config.policy_of(stage)
         demand = stage_demand(
@@ -65,7 +63,7 @@ def needed(config: ServiceConfig, model: ModelInfo, workload: Workload, layers: 
             kv_block_tokens=config.kv_block_tokens,
         )
         weights = demand.weights if policy.moves_weights else demand.resident_weights
-        cache = _cache_bytes(model.config, workload, policy, num_layers=own.last - own.first, dtype_bytes=DTYPE_BYTES[dtype])
+        cache = num_tokens * (own.last - own.first) * kv_token_bytes(model.config, DTYPE_BYTES[dtype], policy)
         on_cpu = not config.device_of(stage).startswith("cuda")
         total = Needed(
             memory=total.memory + _in_memory(weights, policy.weights, on_cpu) + _in_memory(cache, policy.cache, on_cpu),
@@ -92,44 +90,6 @@ def check_space(wanted: Needed, *, name: str, offload_dir: Path | None) -> None:
         )
 
 
-def free_disk_bytes(directory: Path) -> int:
-    """Of the file system that `directory` will be on."""
-    whole = directory.absolute()
-    return shutil.disk_usage(next(parent for parent in (whole, *whole.parents) if parent.exists())).free
-
-
-def free_memory_bytes() -> int | None:
-    """Of this machine, or of this control group where that has less; None where the system does not say."""
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return min(available, _cgroup_room(available))
-
-
-def _cgroup_room(otherwise: int) -> int:
-    """What is left of the limit of this process's control group (version 2)."""
-    try:
-        group = CGROUP / Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2].lstrip("/")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return otherwise
-    return otherwise if limit == "max" else max(int(limit) - used, 0)
-
-
-def _cache_bytes(config: dict[str, Any], workload: Workload, policy: Policy, *, num_layers: int, dtype_bytes: int) -> int:
-    heads: int = config["num_attention_heads"]
-    head_size: int = config["hidden_size"] // heads
-    head_bytes = head_size * dtype_bytes
-    if policy.compress_cache:
-        group = policy.comp_cache_config.group_size
-        head_bytes = -(-head_size // group) * (group // 2 + GROUP_HEADER_BYTES)
-    tokens = workload.num_prompts * (workload.prompt_len + workload.num_generated)
-    return 2 * tokens * num_layers * heads * head_bytes
-
-
 def _in_memory(num_bytes: int, shares: Shares, on_cpu: bool) -> int:
     """A device that is no GPU is a part of this machine's memory too."""
     return int(num_bytes * (shares.host + (shares.device if on_cpu else 0.0)) / 100)
@@ -137,7 +97,3 @@ def _in_memory(num_bytes: int, shares: Shares, on_cpu: bool) -> int:
 
 def _on_disk(num_bytes: int, shares: Shares) -> int:
     return int(num_bytes * shares.disk / 100)
-
-
-def _rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step

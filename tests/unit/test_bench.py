@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -334,7 +335,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_what_a_model_needs_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_space, "free_memory_bytes", lambda: 64 * GIB)
-    monkeypatch.setattr(bench_space.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * GIB))
     check_space(Needed(64 * GIB, 100 * GIB), name="opt-30b", offload_dir=tmp_path / "not" / "made")
     with pytest.raises(Invalid, match=r"opt-30b needs 65.0 GiB of memory, and 64.0 GiB are free"):
         check_space(Needed(65 * GIB, 0), name="opt-30b", offload_dir=None)

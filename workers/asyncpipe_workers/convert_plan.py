@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import Compression
+from asyncpipe.policy import Compression, is_compressible
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
 from asyncpipe_workers.manifest import QUANTIZED_SUFFIX
-from asyncpipe_workers.memory.quantization import GroupCodec, is_compressible
+from asyncpipe_workers.memory.quantization import GroupCodec
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTER_FILE = "outer.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe.free_space import free_disk_bytes
 from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import LoadStage, TierBytes, TierReport
 from asyncpipe_workers.checkpoint import Checkpoint
@@ -258,13 +258,7 @@ class _Loader:
     def _activation_bytes(self) -> TierBytes:
         """Of a block of one token a sequence."""
         num_bytes = self._policy.block_size * self._config.hidden_size * self._dtype.itemsize
-        device, host = (int(num_bytes * share / 100) for share in self._policy.activations[:2])
-        return TierBytes(device, host, num_bytes - device - host)
-
-
-def free_disk_bytes(directory: Path) -> int:
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
+        return TierBytes.shared_out(num_bytes, self._policy.activations)
 
 
 def _cache_bytes(cache: KVCache, shape: KVShape) -> TierBytes:

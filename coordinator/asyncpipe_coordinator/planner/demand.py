@@ -22,17 +22,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asyncpipe.policy import Policy
+from asyncpipe.policy import Policy, is_compressible
 from asyncpipe_coordinator.core.partition import LayerRange
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
 MEAN_TOKENS = 1024
 UNITS_AHEAD = 3
 ALIGNMENT_BYTES = 2 * 4096 + 64  # of each tensor in a buffer: it is read from a disk's block to another, and aligned
-GROUP_HEADER_BYTES = 4  # a scale and a minimum in half precision
 
 EMBEDDING = ("decoder.embed_tokens.weight", "decoder.embed_positions.weight", "decoder.project_in.weight")
-UNPACKED = ("decoder.embed_tokens.weight", "decoder.embed_positions.weight", "lm_head.weight")
 HEAD = ("decoder.project_out.weight", "decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias")
 
 
@@ -68,8 +66,8 @@ def stage_demand(
     own = _stage_shapes(shapes, config, layers)
     hidden, context = config["hidden_size"], config["max_position_embeddings"]
     tokens = min(context, MEAN_TOKENS)
-    most_tokens = max(policy.block_size * num_micro_batches * _rounded_up(tokens, kv_block_tokens), context)
-    layer_cache = _rounded_up(most_tokens, kv_block_tokens) * _kv_bytes(config, dtype_bytes, policy)
+    most_tokens = max(policy.block_size * num_micro_batches * rounded_up(tokens, kv_block_tokens), context)
+    layer_cache = rounded_up(most_tokens, kv_block_tokens) * kv_token_bytes(config, dtype_bytes, policy)
     return StageDemand(
         weights=sum(_stored(name, shape, stored_dtype_bytes, policy) for name, shape in own.items()),
         resident_weights=sum(_stored(name, shape, dtype_bytes, policy) for name, shape in own.items()),
@@ -93,22 +91,17 @@ def _stage_shapes(shapes: Shapes, config: dict[str, Any], layers: LayerRange) ->
 
 
 def _stored(name: str, shape: tuple[int, ...], dtype_bytes: int, policy: Policy) -> int:
-    if not policy.compress_weight or len(shape) < 2 or name in UNPACKED:
+    if not policy.compress_weight or not is_compressible(name, shape):
         return math.prod(shape) * dtype_bytes
-    return shape[0] * _packed(shape[1], policy.comp_weight_config.group_size)
+    return shape[0] * policy.comp_weight_config.packed_bytes(shape[1])
 
 
-def _packed(length: int, group_size: int) -> int:
-    """Bytes of so many numbers in 4 bits, in whole groups."""
-    return -(-length // group_size) * (group_size // 2 + GROUP_HEADER_BYTES)
-
-
-def _kv_bytes(config: dict[str, Any], dtype_bytes: int, policy: Policy) -> int:
+def kv_token_bytes(config: dict[str, Any], dtype_bytes: int, policy: Policy) -> int:
     """Of one token in one layer."""
     heads: int = config["num_attention_heads"]
     head_size: int = config["hidden_size"] // heads
     if policy.compress_cache:
-        return 2 * heads * _packed(head_size, policy.comp_cache_config.group_size)
+        return 2 * heads * policy.comp_cache_config.packed_bytes(head_size)
     return 2 * heads * head_size * dtype_bytes
 
 
@@ -130,5 +123,5 @@ def _weight_buffers(own: Shapes, layers: LayerRange, dtype_bytes: int, stored_dt
     return (UNITS_AHEAD if policy.overlap else 1) * max(units.values())
 
 
-def _rounded_up(value: int, step: int) -> int:
+def rounded_up(value: int, step: int) -> int:
     return -(-value // step) * step

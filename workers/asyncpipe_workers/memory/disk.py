@@ -17,6 +17,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 
+HOST = torch.device("cpu")
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 4 << 20  # of one read: large enough for any disk's rate, small enough to share among threads
 
@@ -29,9 +30,12 @@ def aligned_up(value: int) -> int:
     return -(-value // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def new_buffer(num_bytes: int) -> torch.Tensor:
-    """Bytes in CPU memory that begin on a page; the operating system gives pages as they are touched."""
-    return torch.frombuffer(mmap.mmap(-1, max(aligned_up(num_bytes), BLOCK_BYTES)), dtype=torch.uint8)
+def new_buffer(num_bytes: int, device: torch.device = HOST) -> torch.Tensor:
+    """At least so many bytes. In CPU memory they begin on a page, and the operating system gives pages as they are touched."""
+    num_bytes = max(aligned_up(num_bytes), BLOCK_BYTES)
+    if device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 class DiskFile:

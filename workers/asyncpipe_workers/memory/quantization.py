@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import packed_bytes
 
 MAX_CODE = 15
-SCALE_AND_MINIMUM_BYTES = 4
 MAX_FLOAT16 = torch.finfo(torch.float16).max
 MIN_FLOAT16 = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # subnormal
 MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -35,14 +35,6 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 # bound on memory alone, and few large operations are best.
 CPU_PIECE = 1 << 19
 DEVICE_PIECE = 1 << 24
-
-EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
-
-
-def is_compressible(name: str, shape: tuple[int, ...]) -> bool:
-    """Matrices of layers and projections. Embeddings and the head are looked up or compared row by row, and worth their bits:
-    packing them too doubles what 4 bits cost in perplexity."""
-    return len(shape) > 1 and name.endswith(".weight") and not name.endswith(EMBEDDINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,7 @@ class GroupCodec:
 
     def packed_size(self, size: int) -> int:
         """Bytes of a row of `size` numbers."""
-        return self._code_bytes(size) + self._num_groups(size) * SCALE_AND_MINIMUM_BYTES
+        return packed_bytes(size, self.group_size)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N) of any floating-point type -> (..., B) uint8."""

@@ -61,10 +61,10 @@ class Route:
     num_tokens: int  # that the workspace holds
     groups: list[Group]
     alone: list[int]  # rows that are in no group
-    homes: Homes3
+    homes: HomesByTier
 
 
-class Homes3(NamedTuple):
+class HomesByTier(NamedTuple):
     """Of the rows' new tokens, on each tier; None where there are none."""
 
     device: Homes | None
@@ -128,7 +128,7 @@ class Router:
                 start = stretches[slot].end
         return Route(stretches, start, groups, alone, self._homes(layout))
 
-    def _homes(self, layout: StepLayout) -> Homes3:
+    def _homes(self, layout: StepLayout) -> HomesByTier:
         def on(tier: Callable[[Counts], int]) -> Homes | None:
             found = [(index, row.slot) for index, row in enumerate(layout.rows) if tier(self.growth[row.slot].added)]
             if not found:
@@ -137,4 +137,4 @@ class Router:
             places = [tier(self.growth[slot].old) for slot in slots]
             return Homes(torch.tensor(rows), torch.tensor(slots), torch.tensor(places))
 
-        return Homes3(on(lambda c: c.device), on(lambda c: c.host), on(lambda c: c.disk))
+        return HomesByTier(on(lambda c: c.device), on(lambda c: c.host), on(lambda c: c.disk))

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 
+from asyncpipe.policy import is_compressible
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
-from asyncpipe_workers.memory.quantization import GroupCodec, is_compressible
+from asyncpipe_workers.memory.quantization import GroupCodec
 
 CHUNK_BYTES = 16 << 20  # of rows read, or packed, at once
 DUMMY_STD = 0.02

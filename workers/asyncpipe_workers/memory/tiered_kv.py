@@ -24,11 +24,11 @@ from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import TierBytes
 from asyncpipe_workers.attention import QKV, KeysValues, attend_chunk
 from asyncpipe_workers.layout import Span, StepLayout
-from asyncpipe_workers.memory.disk import new_buffer
+from asyncpipe_workers.memory.disk import HOST, new_buffer
 from asyncpipe_workers.memory.kv import KVShape
 from asyncpipe_workers.memory.quantization import GroupCodec
 from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
-from asyncpipe_workers.memory.routes import Group, Growth, Homes3, Router, Stretch
+from asyncpipe_workers.memory.routes import Group, Growth, HomesByTier, Router, Stretch
 from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely
 from asyncpipe_workers.memory.shares import Apportionment, Counts
 from asyncpipe_workers.memory.token_stores import DiskTokens, MemoryTokens, Part
@@ -37,7 +37,6 @@ from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, Transf
 KEYS, VALUES = 0, 1
 FETCH_TASKS = 4  # for a batch: as many as there are threads
 NUM_WORKSPACES = 2  # of the batch that is computed, and of the next
-HOST = torch.device("cpu")
 
 
 class _Homeward(NamedTuple):
@@ -112,8 +111,7 @@ class TieredKV:
     def tier_bytes(self) -> TierBytes:
         """Of all the tokens that there is room for."""
         num_bytes = self.num_blocks * self._shape.block_tokens * self._shape.num_layers * 2 * self.token_bytes
-        device, host = (int(num_bytes * share / 100) for share in self._policy.cache[:2])
-        return TierBytes(device, host, num_bytes - device - host)
+        return TierBytes.shared_out(num_bytes, self._policy.cache)
 
     # --- slots ---
 
@@ -320,15 +318,9 @@ class TieredKV:
         workspace.in_use = True
         half = num_tokens * self._shape.num_heads * self._shape.head_size
         if workspace.memory.numel() < 2 * half:
-            workspace.memory = self._new_workspace(2 * half)
+            workspace.memory = new_buffer(2 * half * self._shape.dtype.itemsize, self._device).view(self._shape.dtype)
         size_CHK = (num_tokens, self._shape.num_heads, self._shape.head_size)
         return workspace, (workspace.memory[:half].view(size_CHK), workspace.memory[half : 2 * half].view(size_CHK))
-
-    def _new_workspace(self, size: int) -> torch.Tensor:
-        dtype = self._shape.dtype
-        if self._device.type == "cpu":
-            return new_buffer(size * dtype.itemsize).view(dtype)
-        return torch.empty(size, dtype=dtype, device=self._device)
 
     def _leave(self, workspace: Workspace) -> None:
         if POISON:
@@ -363,7 +355,7 @@ class TieredKV:
 
     @torch.inference_mode()
     def _bring_home(
-        self, layer: int, homes: Homes3, keys_values: tuple[torch.Tensor, torch.Tensor], away: Sequence[_Homeward]
+        self, layer: int, homes: HomesByTier, keys_values: tuple[torch.Tensor, torch.Tensor], away: Sequence[_Homeward]
     ) -> None:
         for which, x_THK in enumerate(keys_values):
             self._bring_rows_home(Part(layer, which), homes, x_THK)
@@ -375,7 +367,7 @@ class TieredKV:
                 if added.disk and self._on_disk is not None:
                     self._on_disk.write(part, slot, old.disk, rows[added.host :])
 
-    def _bring_rows_home(self, part: Part, homes: Homes3, x_THK: torch.Tensor) -> None:
+    def _bring_rows_home(self, part: Part, homes: HomesByTier, x_THK: torch.Tensor) -> None:
         if homes.host is not None:
             rows = self._stored(x_THK[homes.host.rows_N]).to(HOST)
             with self._log.moving(Cargo.CACHE_STORES, rows.numel()):

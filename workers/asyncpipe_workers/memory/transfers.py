@@ -83,10 +83,6 @@ class TransferLog:
         except FutureTimeout:
             raise Timeout(f"{what} did not arrive within {TRANSFER_TIMEOUT_S:g} s") from None
 
-    @property
-    def wait_s(self) -> float:
-        return self.report().wait_s
-
     def report(self) -> TransferReport:
         with self._lock:
             moved = {

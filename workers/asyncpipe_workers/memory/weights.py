@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from asyncpipe.errors import AsyncPipeError, Invalid, Timeout
-from asyncpipe_workers.memory.disk import BLOCK_BYTES, CHUNK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
+from asyncpipe_workers.memory.disk import CHUNK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
 from asyncpipe_workers.memory.ring import Region, Ring
 from asyncpipe_workers.memory.stored import Extent, StoredTable, StoredTensor
 from asyncpipe_workers.memory.streams import Streams
 from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 from asyncpipe_workers.models.units import Unit
-from asyncpipe_workers.models.weights import Access, Resident, Table, Wanted
+from asyncpipe_workers.models.weights import Resident, Table, Wanted
 
 ALIGN_BYTES = 64  # of tensors in the ring
 MERGE_GAP_BYTES = 256 << 10  # of one file, to read over rather than to begin again
@@ -116,7 +116,7 @@ class _Plan:
 
     @classmethod
     def make(cls, unit: Unit[Any], stored: dict[str, StoredTensor], *, dtype: torch.dtype, device: torch.device) -> _Plan:
-        plan = cls(unit, [_Piece(w, stored[w.name]) for w in unit.wanted if w.access is not Access.LOOKUP])
+        plan = cls(unit, [_Piece(w, stored[w.name]) for w in unit.wanted if not w.is_lookup])
         plan._place_reads()
         for piece in plan.pieces:
             needs_unpacking = piece.stored.form.codec is not None or piece.stored.form.dtype != dtype
@@ -185,7 +185,7 @@ class StreamedWeights:
         self._blocks: dict[int, Any] = {}  # of units of which nothing moves
         self._moving = [index for index, plan in enumerate(self._plans) if plan.num_bytes]
         self.buffer_bytes = self._ring_bytes()
-        self._ring = Ring(_device_buffer(self.buffer_bytes, device))
+        self._ring = Ring(new_buffer(self.buffer_bytes, device))
         self._streams = Streams(device)
         self._regions: dict[int, Region] = {}
         self._loaded: queue.Queue[_Loaded | Exception] = queue.Queue()
@@ -357,9 +357,3 @@ def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         else:
             joined.append(part)
     return tuple(joined)
-
-
-def _device_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return new_buffer(num_bytes)
-    return torch.empty(aligned_up(max(num_bytes, BLOCK_BYTES)), dtype=torch.uint8, device=device)

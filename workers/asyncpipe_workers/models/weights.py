@@ -7,7 +7,6 @@ only to learn which tensors it needs (`Recorder`).
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -65,12 +64,6 @@ class Weights(Protocol):
         ...
 
 
-class Access(enum.Enum):
-    WHOLE = enum.auto()  # all of it, in one piece
-    ROWS = enum.auto()  # all of it, in blocks of rows
-    LOOKUP = enum.auto()  # single rows
-
-
 class Wanted(NamedTuple):
     """Rows [first, last) of a tensor that a block asked for."""
 
@@ -78,7 +71,7 @@ class Wanted(NamedTuple):
     shape: tuple[int, ...]
     first: int
     last: int
-    access: Access
+    is_lookup: bool = False  # single rows are wanted, not all of them
 
 
 class Recorder:
@@ -88,19 +81,19 @@ class Recorder:
         self.wanted: list[Wanted] = []
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        self.wanted.append(Wanted(name, (size,), 0, size, Access.WHOLE))
+        self.wanted.append(Wanted(name, (size,), 0, size))
         return torch.empty(size, device="meta")
 
     def matrix(self, names: Sequence[str], out_size: int, in_size: int) -> tuple[torch.Tensor, ...]:
-        self.wanted += [Wanted(name, (out_size, in_size), 0, out_size, Access.ROWS) for name in names]
+        self.wanted += [Wanted(name, (out_size, in_size), 0, out_size) for name in names]
         return (torch.empty(len(names) * out_size, in_size, device="meta"),)
 
     def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        self.wanted.append(Wanted(name, of, first, last, Access.ROWS))
+        self.wanted.append(Wanted(name, of, first, last))
         return (torch.empty(last - first, of[1], device="meta"),)
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
-        self.wanted.append(Wanted(name, (num_rows, size), 0, num_rows, Access.LOOKUP))
+        self.wanted.append(Wanted(name, (num_rows, size), 0, num_rows, is_lookup=True))
         return ResidentTable(torch.empty(num_rows, size, device="meta"))
 
 
