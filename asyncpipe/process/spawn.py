@@ -27,8 +27,16 @@ class ChildProcess:
         self.name = name
 
     @classmethod
-    async def spawn(cls, argv: Sequence[str], *, name: str, env: Mapping[str, str] | None = None) -> ChildProcess:
-        """Start `argv`. Its standard input is empty, its output is dropped, the tail of its standard error is kept.
+    async def spawn(
+        cls,
+        argv: Sequence[str],
+        *,
+        name: str,
+        env: Mapping[str, str] | None = None,
+        stdout: int = asyncio.subprocess.DEVNULL,
+    ) -> ChildProcess:
+        """Start `argv`. Its standard input is empty, the tail of its standard error is kept, and its output is dropped; with
+        `stdout=PIPE` it is `output`, to be read to its end.
 
         Raises Invalid when there is no such program.
         """
@@ -40,7 +48,7 @@ class ChildProcess:
             asyncio.create_subprocess_exec(
                 *argv,
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
+                stdout=stdout,
                 stderr=write_fd,
                 env=environment,
                 start_new_session=True,
@@ -62,6 +70,13 @@ class ChildProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def output(self) -> asyncio.StreamReader:
+        """Its standard output. Raises Invalid when it was started without."""
+        if self._process.stdout is None:
+            raise Invalid(f"{self.name} was started without a pipe for its output")
+        return self._process.stdout
 
     @property
     def returncode(self) -> int | None:

@@ -6,11 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
-import os
-import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +18,7 @@ from tqdm import tqdm
 
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.policy import Compression
-from asyncpipe.process.reap import PARENT_VARIABLE
+from asyncpipe.process import ChildProcess
 from asyncpipe_coordinator.config import DTYPES
 from asyncpipe_coordinator.model_files import inspect_model, resolve_model
 
@@ -29,7 +26,6 @@ WORKER = "asyncpipe_workers.convert"
 WORKER_ERROR = f"python -m {WORKER}: error: "
 USAGE_EXIT = 2
 KILL_AFTER_S = 30.0  # it removes what it has written, which may be much
-TAIL_LINES = 20
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -126,66 +122,20 @@ async def run_worker(argv: Sequence[str], on_event: OnEvent) -> None:
 
     Raises Invalid for what it found wrong, AsyncPipeError when it failed. However this ends, it has ended too.
     """
-    process = await _start(argv)
-    if process.stdout is None or process.stderr is None:
-        raise AsyncPipeError("the conversion has no pipes")
+    process = await ChildProcess.spawn(argv, name="the conversion", stdout=asyncio.subprocess.PIPE)
     try:
-        _, last_lines = await asyncio.gather(_follow(process.stdout, on_event), _last_lines(process.stderr))
+        await _follow(process.output, on_event)
         returncode = await process.wait()
     finally:
-        await _stop(process)
+        await process.stop(kill_after_s=KILL_AFTER_S)
+    last_lines = process.stderr_tail()
     if returncode == USAGE_EXIT:
         raise Invalid(last_lines[-1].removeprefix(WORKER_ERROR) if last_lines else "the conversion failed without a word")
     if returncode:
-        how = f"exited with status {returncode}"
-        if returncode < 0:
-            how = f"was killed by {signal.Signals(-returncode).name}"
-        raise AsyncPipeError("\n  ".join([f"the conversion {how}; its last lines:", *last_lines]))
-
-
-async def _start(argv: Sequence[str]) -> asyncio.subprocess.Process:
-    """In a session of its own, so that Ctrl-C reaches only us, and ended by the kernel when we are gone."""
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
-            start_new_session=True,
-        )
-    )
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        await _stop(await starting)  # a cancelled start may have started
-        raise
+        raise AsyncPipeError("\n  ".join([f"{process.name} {process.describe_exit()}; its last lines:", *last_lines]))
 
 
 async def _follow(stdout: asyncio.StreamReader, on_event: OnEvent) -> None:
     async for line in stdout:
         with contextlib.suppress(msgspec.DecodeError):
             on_event(msgspec.json.decode(line, type=dict[str, Any]))
-
-
-async def _last_lines(stderr: asyncio.StreamReader) -> list[str]:
-    lines: deque[str] = deque(maxlen=TAIL_LINES)
-    async for line in stderr:
-        lines.append(line.decode(errors="replace").rstrip())
-    return [line for line in lines if line]
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """TERM, then KILL; returns when it is reaped."""
-    try:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            async with asyncio.timeout(KILL_AFTER_S):
-                await process.wait()
-    except (TimeoutError, asyncio.CancelledError) as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        if isinstance(error, asyncio.CancelledError):
-            raise
