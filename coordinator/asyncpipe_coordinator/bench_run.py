@@ -92,9 +92,9 @@ async def open_gated(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[Gat
     """Like `generate.open_service`."""
     with _bar(2 * config.num_stages, "starting", "step", quiet=quiet) as bar:
 
-        def advance(what: str) -> None:
+        def advance(what: str, *, steps: int = 1) -> None:
             bar.set_postfix_str(what)
-            bar.update()
+            bar.update(steps)
 
         async with GatedService.open(config, on_progress=advance) as service:
             assert isinstance(service, GatedService)  # noqa: S101 - `open` makes one of its class

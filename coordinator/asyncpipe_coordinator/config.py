@@ -69,7 +69,7 @@ class ServiceConfig:
             _check_directory("--offload-dir", self.offload_dir)
 
     def _check_policies(self) -> None:
-        policies = self._policies
+        policies = self.policies
         if isinstance(self.policy, tuple) and len(policies) != self.num_stages:
             raise Invalid(
                 f"--policy has {len(policies)} stages for --stages {self.num_stages}; give one for each stage, or one for all"
@@ -100,12 +100,13 @@ class ServiceConfig:
         return self.threads_per_stage or max(1, usable_cores() // self.num_stages)
 
     @property
-    def _policies(self) -> tuple[Policy, ...]:
+    def policies(self) -> tuple[Policy, ...]:
+        """One for each stage, or one for all."""
         return self.policy if isinstance(self.policy, tuple) else (self.policy,)
 
     def policy_of(self, stage: int) -> Policy:
         """Its block is what a micro-batch holds."""
-        policy = self._policies[stage if len(self._policies) > 1 else 0]
+        policy = self.policies[stage if len(self.policies) > 1 else 0]
         if policy.block_size == self.micro_batch_sequences:
             return policy
         return replace(policy, gpu_batch_size=self.micro_batch_sequences, num_gpu_batches=1)
@@ -116,7 +117,7 @@ class ServiceConfig:
     @property
     def micro_batch_sequences(self) -> int:
         """At most so many are in one micro-batch."""
-        return self._policies[0].block_size if self.max_sequences is None else self.max_sequences
+        return self.policies[0].block_size if self.max_sequences is None else self.max_sequences
 
     @property
     def step_tokens(self) -> int:
@@ -128,14 +129,14 @@ class ServiceConfig:
     @property
     def moves_weights(self) -> bool:
         """Of any stage: then a step costs a pass over them, however small it is."""
-        return any(policy.moves_weights for policy in self._policies)
+        return any(policy.moves_weights for policy in self.policies)
 
     @property
     def step_deadline_s(self) -> float:
         """A step that takes longer is lost."""
         if self.step_timeout_s is not None:
             return self.step_timeout_s
-        moves = self.moves_weights or any(policy.moves_cache for policy in self._policies)
+        moves = self.moves_weights or any(policy.moves_cache for policy in self.policies)
         return STREAMING_STEP_TIMEOUT_S if moves else STEP_TIMEOUT_S
 
     def device_of(self, stage: int) -> str:

@@ -72,9 +72,9 @@ async def open_service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[S
         total=2 * config.num_stages, desc="starting", unit="step", disable=quiet or None, leave=False, file=sys.stderr
     ) as bar:
 
-        def advance(what: str) -> None:
+        def advance(what: str, *, steps: int = 1) -> None:
             bar.set_postfix_str(what)
-            bar.update()
+            bar.update(steps)
 
         async with Service.open(config, on_progress=advance) as service:
             bar.close()

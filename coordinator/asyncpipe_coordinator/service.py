@@ -21,6 +21,7 @@ from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe_coordinator.config import MAX_MICRO_BATCHES, ServiceConfig
+from asyncpipe_coordinator.converted import converted, needs_conversion
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import split_layers
@@ -34,7 +35,7 @@ from asyncpipe_coordinator.shell.coordinator import (
     Tick,
     WorkerLost,
 )
-from asyncpipe_coordinator.shell.pool import OnProgress, WorkerPool
+from asyncpipe_coordinator.shell.pool import OnProgress, WorkerPool, say_nothing
 from asyncpipe_coordinator.shell.status import STATUS_ACTOR, StatusActor
 from asyncpipe_coordinator.shell.tracing import tracing
 from asyncpipe_coordinator.text import TextCodec
@@ -70,7 +71,7 @@ class Service:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, config: ServiceConfig, *, bind: str | None = None, on_progress: OnProgress = lambda _: None
+        cls, config: ServiceConfig, *, bind: str | None = None, on_progress: OnProgress = say_nothing
     ) -> AsyncIterator[Service]:
         """Start the workers and load the model. Clients may connect to `bind` from the start; their requests wait.
 
@@ -83,6 +84,7 @@ class Service:
             try:
                 if bind is not None:
                     service.address = await service.listen(bind)
+                await service._convert()
                 await service._start_pool()
                 service._actor.background(service._tick(), name="tick")
                 yield service
@@ -109,6 +111,15 @@ class Service:
             await self._stop_pool()
             await self._start_pool()
             log.warning("the pipeline is up again, epoch %d", self._epoch)
+
+    async def _convert(self) -> None:
+        """What cannot be read in place is, once, made into what can."""
+        if not needs_conversion(self.config):
+            return
+        path = await converted(
+            self.config, self.model, on_progress=lambda share: self._on_progress(f"converting, {share:.0%} done", steps=0)
+        )
+        self.config = replace(self.config, checkpoint=path)
 
     async def _start_pool(self) -> None:
         self._epoch += 1
@@ -181,7 +192,7 @@ class Service:
         )
 
     def _make_status_actor(self) -> StatusActor:
-        return StatusActor(self._actor, machine=self._machine, model_name=self.config.checkpoint.name)
+        return StatusActor(self._actor, machine=self._machine, model_name=self.model.path.name)
 
 
 def model_of(config: ServiceConfig) -> ModelInfo:

@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 INDEX = "model.safetensors.index.json"
 NUMPY_EMBEDDING = "decoder.embed_tokens.weight"  # every weight directory of FlexLLMGen has it
 QUANTIZED_SUFFIX = ".q4"  # of the names of tensors that `convert --compress-weight` has stored, as rows of bytes
+MANIFEST = "asyncpipe.json"  # of a checkpoint that `convert` has made
 AGAIN = "download or save it again"
 
 
@@ -31,18 +32,24 @@ def check_tensors(path: Path, expected: Shapes) -> None:
 
     `.bin` checkpoints can be read only with torch: their workers check them.
     """
+    if is_pickled(path):
+        return
     if (path / INDEX).is_file():
         found = _read_headers(_indexed_files(path))
     elif (path / "model.safetensors").is_file():
         found = _read_headers([path / "model.safetensors"])
-    elif any(path.glob("pytorch_model*.bin")):
-        return
     elif (path / NUMPY_EMBEDDING).is_file():
         found = {name: shape for name in expected if (shape := _numpy_shape(path, name)) is not None}
     else:
         raise Invalid(f"{path} holds no weights: no model.safetensors, {INDEX}, pytorch_model.bin or {NUMPY_EMBEDDING}")
     for name, shape in expected.items():
         _check_shape(path, name, shape, found)
+
+
+def is_pickled(path: Path) -> bool:
+    """Its weights are in `.bin` files and no others."""
+    has_others = any((path / name).is_file() for name in (INDEX, "model.safetensors"))
+    return not has_others and any(path.glob("pytorch_model*.bin"))
 
 
 def _check_shape(path: Path, name: str, expected: tuple[int, ...], found: Shapes) -> None:

@@ -174,3 +174,30 @@ def test_compressed_weights_and_caches_keep_the_bundled_models_perplexity(tmp_pa
 
     increases = run(scenario(), timeout_s=110)
     assert all(increase < 0.0198 for increase in increases.values()), json.dumps(increases)  # ln 1.02
+
+
+@pytest.mark.parametrize(("safe", "compress"), [(False, False), (True, True)], ids=["bin", "compressed"])
+def test_what_cannot_be_read_in_place_is_converted_once(
+    safe: bool, compress: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second start finds what the first one made, and no run makes a copy of its own."""
+    caplog.set_level("INFO")
+    model = make_opt(tmp_path / "model", safe=safe)
+    policy = {"gpu_batch_size": 4, "compress_weight": compress, **FROM_DISK}
+    answers: list[tuple[int, ...]] = []
+    times: set[int] = set()
+
+    async def scenario() -> None:
+        async with serving(model, offload_dir=tmp_path / "offload", policy=policy) as client:
+            answers.append((await client.generate([5, 6, 7], max_new_tokens=NUM_TOKENS, ignore_eos=True)).token_ids)
+            stage = (await client.status()).stages[0]
+            assert stage.policy.compress_weight == compress
+        (made,) = (tmp_path / "offload" / "converted").iterdir()
+        times.add((made / "asyncpipe.json").stat().st_mtime_ns)
+
+    for _ in range(2):
+        run(scenario(), timeout_s=60)
+    assert answers[0] == answers[1]
+    assert len(times) == 1
+    assert sum("once" in record.message for record in caplog.records) == 1
+    assert [path.name for path in (tmp_path / "offload").iterdir()] == ["converted"]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -39,7 +39,16 @@ USAGE_EXIT = 2
 
 T = TypeVar("T")
 OnLoss = Callable[[int, AsyncPipeError], None]
-OnProgress = Callable[[str], None]
+
+
+class OnProgress(Protocol):
+    def __call__(self, what: str, *, steps: int = 1) -> None:
+        """`what` has happened, which is `steps` of the start's."""
+        ...
+
+
+def say_nothing(what: str, *, steps: int = 1) -> None:
+    """For starts that nobody watches."""
 
 
 @dataclass(slots=True)
@@ -68,7 +77,7 @@ class WorkerPool:
     epoch: int
     background: Callable[[Coroutine[Any, Any, None], str], None]
     on_loss: OnLoss
-    on_progress: OnProgress = lambda _: None
+    on_progress: OnProgress = say_nothing
     workers: list[Worker] = field(default_factory=list)
     _stopping: bool = False
 
