@@ -27,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memory_limit import join, memory_limit
 from random_model import Shape, make_large_model
 from report import print_result
 from tqdm import tqdm
+
+from asyncpipe.testing.memory_limit import join, memory_limit
 
 THREADS = 2
 READ_THREADS = 4
@@ -242,7 +243,7 @@ class Bench:
     def working_bytes(self) -> int:
         """Two Python processes with their libraries; three units of weights; what a batch needs."""
         shape = self.scale.shape
-        return (420 << 20) + 3 * 8 * shape.hidden**2 * 4 + self.scale.batch * self.scale.prompt_len * 6 * shape.hidden * 4
+        return (370 << 20) + 3 * 8 * shape.hidden**2 * 4 + self.scale.batch * self.scale.prompt_len * 6 * shape.hidden * 4
 
     def best(self, system: str) -> Run | None:
         """At the largest block that fits."""

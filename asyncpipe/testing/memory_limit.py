@@ -24,13 +24,18 @@ def memory_limit(num_bytes: int) -> Iterator[Path | None]:
 
 
 def join(group: Path) -> None:
-    """In the child, before it does anything else."""
+    """This process, and the children that it starts from now on."""
     (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def leave(group: Path) -> None:
+    """Back to the group's parent; children that were started meanwhile stay."""
+    (group.parent / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _make_group(num_bytes: int) -> Path | None:
     """Version 1 has a tree of its own for memory, version 2 has one for everything."""
-    name = f"asyncpipe-benchmark-{secrets.token_hex(4)}"
+    name = f"asyncpipe-limit-{secrets.token_hex(4)}"
     for parent, limit in ((CGROUP / "memory", "memory.limit_in_bytes"), (CGROUP, "memory.max")):
         group = parent / name
         try:
