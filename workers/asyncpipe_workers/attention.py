@@ -1,86 +1,191 @@
 """Causal attention of a step's rows over keys and values that are where they are.
 
-Shapes: T rows of a step, B continuing sequences, C cached tokens, H heads, K head size.
+Shapes: T rows of a step, B continuing sequences, C cached tokens, H heads, G key-value heads (each for H / G heads), K
+head size.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from asyncpipe_workers.layout import Span, StepLayout
+from asyncpipe_workers.layout import Row, RowGroup, Span, StepLayout
 
 
 class QKV(NamedTuple):
-    """Each (T, H, K)."""
+    """q (T, H, K); k and v (T, G, K)."""
 
     q_THK: torch.Tensor
-    k_THK: torch.Tensor
-    v_THK: torch.Tensor
+    k_TGK: torch.Tensor
+    v_TGK: torch.Tensor
 
 
 class KeysValues(NamedTuple):
-    """Each (H, C, K), C the tokens asked for."""
+    """Each (G, C, K), C the tokens asked for."""
 
-    keys_HCK: torch.Tensor
-    values_HCK: torch.Tensor
+    keys_GCK: torch.Tensor
+    values_GCK: torch.Tensor
+
+
+class AttentionForm(NamedTuple):
+    """What some families add. Scores are scaled by 1 / sqrt(K); a family that wants another scale scales its queries."""
+
+    window: int | None = None  # tokens that each one sees, itself among them; None: all before it
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.window is None and self.softcap is None
+
+
+PLAIN = AttentionForm()
 
 
 class ReadableCache(Protocol):
     """Keys and values that are written, and read as one tensor."""
 
-    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
+    most_padding: int  # tokens that may be read in vain for each row, if that lets sequences be attended to together
+
+    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BGK: KeysValues) -> None:
         """One token of each of B sequences."""
         ...
 
-    def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
+    def write_span(self, layer: int, slot: int, start: int, kv_TGK: KeysValues) -> None:
         """Tokens from position `start` on of one sequence."""
         ...
 
-    def read(self, layer: int, slot: int, length: int) -> KeysValues:
-        """The first `length` tokens; to be used before the next write."""
+    def read(self, layer: int, slots: slice, places: slice) -> KeysValues:
+        """(S, G, C, K) each, of neighbouring slots; to be used before the next write."""
         ...
 
 
-def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int) -> torch.Tensor:
+def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form: AttentionForm) -> torch.Tensor:
     """(T, H, K). The rows' keys and values are written to `cache`."""
     out_THK = torch.empty_like(qkv.q_THK)
     if layout.rows:
-        _attend_rows(qkv, out_THK, layout, cache, layer)
+        num = len(layout.rows)
+        cache.write_rows(layer, layout.slots_B, layout.places_B, KeysValues(qkv.k_TGK[:num], qkv.v_TGK[:num]))
+        for group in groups_of(layout, form.window, cache.most_padding):
+            keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
+            out_THK[group.rows] = attend_rows(qkv.q_THK[group.rows], keys, values, group.mask_N11C, form.softcap)
     for span in layout.spans:
-        _attend_span(qkv, out_THK, span, cache, layer)
+        _attend_span(qkv, out_THK, span, cache, layer, form)
     if layout.padding:
         out_THK[len(out_THK) - layout.padding :] = 0
     return out_THK
 
 
-def _attend_rows(qkv: QKV, out_THK: torch.Tensor, layout: StepLayout, cache: ReadableCache, layer: int) -> None:
-    """One new token of each of B sequences, each over its own keys: nothing is padded, nothing of the cache is copied."""
-    num = len(layout.rows)
-    cache.write_rows(layer, layout.slots_B, layout.places_B, KeysValues(qkv.k_THK[:num], qkv.v_THK[:num]))
-    q_BH1K = qkv.q_THK[:num].unsqueeze(2)
-    for index, (slot, length) in enumerate(layout.rows):
-        keys_HCK, values_HCK = cache.read(layer, slot, length)
-        out_1H1K = F.scaled_dot_product_attention(q_BH1K[index : index + 1], keys_HCK[None], values_HCK[None])
-        out_THK[index] = out_1H1K.view(out_THK.shape[1:])
+def attend_rows(
+    q_NHK: torch.Tensor,
+    keys_NGCK: torch.Tensor,
+    values_NGCK: torch.Tensor,
+    mask_N11C: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """(N, H, K): one new token of each of N sequences. Heads that share keys are rows of one product."""
+    (num, num_heads, size), groups = q_NHK.shape, keys_NGCK.shape[1]
+    q_NGRK = q_NHK.reshape(num, groups, num_heads // groups, size)
+    if softcap is None and (q_NHK.dtype != torch.float32 or q_NHK.device.type != "cpu"):
+        mask = None if mask_N11C is None else mask_N11C.to(q_NHK.dtype)
+        out = F.scaled_dot_product_attention(q_NGRK, keys_NGCK, values_NGCK, attn_mask=mask)
+        return out.reshape(q_NHK.shape)
+    # On CPUs two products are quicker than the fused kernel, which is made for many queries.
+    scores_NGRC = torch.matmul(q_NGRK * (1 / math.sqrt(size)), keys_NGCK.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores_NGRC = scores_NGRC.div_(softcap).tanh_().mul_(softcap)
+    if mask_N11C is not None:
+        scores_NGRC += mask_N11C
+    weights_NGRC = torch.softmax(scores_NGRC, dim=-1).to(values_NGCK.dtype)
+    return torch.matmul(weights_NGRC, values_NGCK).reshape(q_NHK.shape)
 
 
-def _attend_span(qkv: QKV, out_THK: torch.Tensor, span: Span, cache: ReadableCache, layer: int) -> None:
-    rows = slice(span.start, span.end)
-    cache.write_span(layer, span.member.slot, span.position, KeysValues(qkv.k_THK[rows], qkv.v_THK[rows]))
-    kv_HCK = cache.read(layer, span.member.slot, span.position + span.end - span.start)
-    out_THK[rows] = attend_chunk(qkv.q_THK[rows], kv_HCK)
+def _attend_span(qkv: QKV, out_THK: torch.Tensor, span: Span, cache: ReadableCache, layer: int, form: AttentionForm) -> None:
+    rows, slot = slice(span.start, span.end), span.member.slot
+    cache.write_span(layer, slot, span.position, KeysValues(qkv.k_TGK[rows], qkv.v_TGK[rows]))
+    first = 0 if form.window is None else max(span.position + 1 - form.window, 0)
+    keys, values = cache.read(layer, slice(slot, slot + 1), slice(first, span.position + span.end - span.start))
+    out_THK[rows] = attend_chunk(qkv.q_THK[rows], KeysValues(keys[0], values[0]), form)
 
 
-def attend_chunk(q_THK: torch.Tensor, kv_HCK: KeysValues) -> torch.Tensor:
-    """(T, H, K). The last T of C tokens, each over itself and all before it; in which order those are does not matter."""
-    num, total = len(q_THK), kv_HCK.keys_HCK.shape[1]
+def attend_chunk(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm = PLAIN) -> torch.Tensor:
+    """(T, H, K). The last T of C tokens, each over itself and all before it; in which order those are does not matter, unless
+    there is a window."""
+    (num, num_heads), (groups, total) = q_THK.shape[:2], kv_GCK.keys_GCK.shape[:2]
     q_1HTK = q_THK.transpose(0, 1)[None]
-    if num == total:
-        out_1HTK = F.scaled_dot_product_attention(q_1HTK, kv_HCK.keys_HCK[None], kv_HCK.values_HCK[None], is_causal=True)
-    else:
-        mask_TC = torch.ones(num, total, dtype=torch.bool, device=q_THK.device).tril(total - num)
-        out_1HTK = F.scaled_dot_product_attention(q_1HTK, kv_HCK.keys_HCK[None], kv_HCK.values_HCK[None], attn_mask=mask_TC)
+    is_whole = num == total and (form.window is None or total <= form.window)
+    mask_TC = None if is_whole else _chunk_mask(num, total, form.window, q_THK.device)
+    if form.softcap is not None:
+        return _attend_capped(q_THK, kv_GCK, _chunk_mask(num, total, form.window, q_THK.device), form.softcap)
+    out_1HTK = F.scaled_dot_product_attention(
+        q_1HTK,
+        kv_GCK.keys_GCK[None],
+        kv_GCK.values_GCK[None],
+        attn_mask=mask_TC,
+        is_causal=is_whole,
+        enable_gqa=num_heads != groups,
+    )
     return out_1HTK[0].transpose(0, 1)
+
+
+def _attend_capped(q_THK: torch.Tensor, kv_GCK: KeysValues, mask_TC: torch.Tensor, softcap: float) -> torch.Tensor:
+    (num, num_heads, size), groups = q_THK.shape, len(kv_GCK.keys_GCK)
+    q_GRTK = q_THK.transpose(0, 1).reshape(groups, num_heads // groups, num, size)
+    scores_GRTC = torch.matmul(q_GRTK * (1 / math.sqrt(size)), kv_GCK.keys_GCK[:, None].transpose(-1, -2))
+    scores_GRTC = scores_GRTC.float().div_(softcap).tanh_().mul_(softcap).masked_fill_(~mask_TC, -math.inf)
+    out_GRTK = torch.matmul(torch.softmax(scores_GRTC, -1).to(q_THK.dtype), kv_GCK.values_GCK[:, None])
+    return out_GRTK.reshape(num_heads, num, size).transpose(0, 1)
+
+
+def _chunk_mask(num: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(T, C): True where the token is seen."""
+    mask_TC = torch.ones(num, total, dtype=torch.bool, device=device).tril(total - num)
+    return mask_TC if window is None else mask_TC.triu(total - num - window + 1)
+
+
+# --- sequences side by side -------------------------------------------------------------------------------------------
+
+
+def groups_of(layout: StepLayout, window: int | None, most_padding: int) -> list[RowGroup]:
+    """The step's continuing rows, together where their slots are neighbours and their lengths alike; found once in a step."""
+    groups = layout.groups.get(window)
+    if groups is None:
+        groups = layout.groups[window] = _grouped(layout.rows, window, most_padding, layout.slots_B.device)
+    return groups
+
+
+def _grouped(rows: Sequence[Row], window: int | None, most_padding: int, device: torch.device) -> list[RowGroup]:
+    order = sorted(range(len(rows)), key=lambda index: rows[index].slot)
+    runs: list[list[int]] = []
+    longest = total = 0
+    for index in order:
+        slot, length = rows[index]
+        run = runs[-1] if runs else []
+        new_longest, new_total = max(longest, length), total + length
+        fits = new_longest * (len(run) + 1) - new_total <= most_padding * (len(run) + 1)
+        if run and rows[run[-1]].slot + 1 == slot and fits:
+            run.append(index)
+            longest, total = new_longest, new_total
+        else:
+            runs.append([index])
+            longest = total = length
+    return [_row_group(run, rows, window, device) for run in runs]
+
+
+def _row_group(run: Sequence[int], rows: Sequence[Row], window: int | None, device: torch.device) -> RowGroup:
+    lengths = [rows[index].length for index in run]
+    starts = [0 if window is None else max(length - window, 0) for length in lengths]
+    places = slice(min(starts), max(lengths))
+    mask = None
+    if len(set(lengths)) > 1:
+        positions_C = torch.arange(places.start, places.stop, device=device)
+        ends_N1, starts_N1 = (torch.tensor(each, device=device)[:, None] for each in (lengths, starts))
+        is_seen_NC = (positions_C < ends_N1) & (positions_C >= starts_N1)
+        mask = torch.zeros(is_seen_NC.shape, device=device).masked_fill_(~is_seen_NC, -math.inf)[:, None, None]
+    is_sorted = all(after == before + 1 for before, after in itertools.pairwise(run))
+    members: slice | torch.Tensor = slice(run[0], run[-1] + 1) if is_sorted else torch.tensor(run, device=device)
+    return RowGroup(members, rows[run[0]].slot, len(run), places, mask)

@@ -32,6 +32,16 @@ class Row(NamedTuple):
     length: int
 
 
+class RowGroup(NamedTuple):
+    """Rows of a step whose sequences are in `num` neighbouring slots, from `first_slot` on, and that see `places` of them."""
+
+    rows: slice | torch.Tensor
+    first_slot: int
+    num: int
+    places: slice
+    mask_N11C: torch.Tensor | None  # to be added to scores: -inf for what a row does not see; None: each sees all
+
+
 class Span(NamedTuple):
     """Rows [start, end) of the step are tokens of `member`, from position `position` on."""
 
@@ -54,6 +64,7 @@ class StepLayout:
     padding: int
     sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
     sampled_rows: torch.Tensor | None = None  # of each
+    groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
 
     def __len__(self) -> int:
         return len(self.token_ids)

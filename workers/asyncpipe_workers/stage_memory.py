@@ -27,6 +27,7 @@ from asyncpipe_workers.memory.stored import Storage, StoredTensor
 from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
+from asyncpipe_workers.models.kernels import make_float_linear
 from asyncpipe_workers.models.registry import Family, ModelConfig, find_family
 from asyncpipe_workers.models.units import StageUnits
 from asyncpipe_workers.models.weights import Resident, Wanted
@@ -143,7 +144,7 @@ class _Loader:
     # --- weights ---
 
     def _resident(self, units: StageUnits, source: TensorSource) -> tuple[WeightStore, TierBytes, int]:
-        weights = Resident(source, dtype=self._dtype, device=self._device)
+        weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=make_float_linear)
         store = ResidentWeights(sequence_of(units), weights)
         return store, TierBytes(device=weights.num_bytes), weights.num_params
 
@@ -185,7 +186,7 @@ class _Loader:
         plan = self._plan
         shape = KVShape(
             num_layers=num_layers,
-            num_heads=self._config.num_heads,
+            num_heads=self._config.num_kv_heads,
             head_size=self._config.head_size,
             dtype=self._dtype,
             max_context_len=plan.max_context_len,
@@ -196,6 +197,11 @@ class _Loader:
         self._check_disk(int(num_blocks * shape.block_bytes * self._policy.cache.disk / 100))
         if not self._policy.moves_cache:
             return make_kv_cache(shape, num_blocks=num_blocks, device=self._device), shape
+        if not self._config.has_plain_attention:
+            raise Invalid(
+                "keys and values of this model cannot be shared out among tiers, compressed or sparse yet: its attention has"
+                " a window, or caps its scores; leave them all on the device (--percent W W 100 0 A A)"
+            )
         cache = TieredKV(
             shape,
             self._policy,

@@ -16,15 +16,17 @@ import itertools
 import math
 import mmap
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.attention import QKV, KeysValues, attend
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend
 from asyncpipe_workers.layout import StepLayout
 
+CALL_BYTES = 512 << 10  # that a core reads while it could call another kernel
 PAGE_BYTES = mmap.PAGESIZE
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # address space alone is not counted as memory (mmap(2))
 
@@ -34,7 +36,7 @@ class KVShape:
     """What a stage keeps for each token, and how much of it there may be."""
 
     num_layers: int
-    num_heads: int
+    num_heads: int  # of keys and values
     head_size: int
     dtype: torch.dtype
     max_context_len: int
@@ -71,7 +73,7 @@ class KVCache(Protocol):
         """Make room for `length` tokens in total. Raises Invalid when there are not enough blocks."""
         ...
 
-    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
         """Causal attention of a step's rows, (T, H, K); their keys and values are kept."""
         ...
 
@@ -125,6 +127,7 @@ class ArenaKV:
         # A head's stretch of memory is whole pages, so that each block's pages are its own.
         granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
         capacity = -(-shape.max_context_len // granule) * granule
+        self.most_padding = CALL_BYTES // (2 * shape.num_heads * shape.head_size * shape.dtype.itemsize)
         self._shape_SHCK = (shape.max_sequences, shape.num_heads, capacity, shape.head_size)
         self._block_tokens = shape.block_tokens
         self._token_bytes = shape.head_size * shape.dtype.itemsize  # of one head
@@ -148,8 +151,8 @@ class ArenaKV:
             self._num_warm += more
             self._cool()
 
-    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
-        return attend(qkv, layout, self, layer)
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
+        return attend(qkv, layout, self, layer, form)
 
     def prefetch(self, layer: int, layout: StepLayout) -> None:
         """Everything is here."""
@@ -163,8 +166,8 @@ class ArenaKV:
         self._keys[layer][slot, :, start:end] = kv_THK[0].transpose(0, 1)
         self._values[layer][slot, :, start:end] = kv_THK[1].transpose(0, 1)
 
-    def read(self, layer: int, slot: int, length: int) -> KeysValues:
-        return KeysValues(self._keys[layer][slot, :, :length], self._values[layer][slot, :, :length])
+    def read(self, layer: int, slots: slice, places: slice) -> KeysValues:
+        return KeysValues(self._keys[layer][slots, :, places], self._values[layer][slots, :, places])
 
     def _new(self, dtype: torch.dtype) -> torch.Tensor:
         num_bytes = self._shape_SHCK[0] * self._slot_bytes
@@ -213,6 +216,7 @@ class PagedKV:
     def __init__(self, shape: KVShape, *, num_blocks: int, device: torch.device) -> None:
         self._slots = _Slots(shape, num_blocks)
         self.num_blocks = num_blocks
+        self.most_padding = shape.max_context_len  # one gather of much is quicker than many of little
         self._block_tokens = shape.block_tokens
         self._free_blocks = list(range(num_blocks))[::-1]
         self._tables: list[list[int]] = [[] for _ in range(shape.max_sequences)]
@@ -233,8 +237,8 @@ class PagedKV:
         for _ in range(self._slots.grow(slot, length)):
             self._tables[slot].append(self._free_blocks.pop())
 
-    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
-        return attend(qkv, layout, self, layer)
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
+        return attend(qkv, layout, self, layer, form)
 
     def prefetch(self, layer: int, layout: StepLayout) -> None:
         """Everything is here."""
@@ -253,16 +257,18 @@ class PagedKV:
         self._keys[layer][blocks_T, :, offsets_T] = kv_THK[0]
         self._values[layer][blocks_T, :, offsets_T] = kv_THK[1]
 
-    def read(self, layer: int, slot: int, length: int) -> KeysValues:
-        blocks_N = self._indices(self._tables[slot][: -(-length // self._block_tokens)])
-        return KeysValues(
-            self._gathered(self._keys[layer], blocks_N, length), self._gathered(self._values[layer], blocks_N, length)
-        )
+    def read(self, layer: int, slots: slice, places: slice) -> KeysValues:
+        """A sequence that is shorter than others is padded with any of its blocks."""
+        first, last = places.start // self._block_tokens, -(-places.stop // self._block_tokens)
+        tables = [self._tables[slot] for slot in range(slots.start, slots.stop)]
+        blocks_SN = self._indices([[table[min(n, len(table) - 1)] for n in range(first, last)] for table in tables])
+        within = slice(places.start - first * self._block_tokens, places.stop - first * self._block_tokens)
+        return KeysValues(*(self._gathered(pools[layer], blocks_SN, within) for pools in (self._keys, self._values)))
 
-    def _gathered(self, pool_NHTK: torch.Tensor, blocks_N: torch.Tensor, length: int) -> torch.Tensor:
-        return pool_NHTK[blocks_N].transpose(0, 1).flatten(1, 2)[:, :length]
+    def _gathered(self, pool_NHTK: torch.Tensor, blocks_SN: torch.Tensor, within: slice) -> torch.Tensor:
+        return pool_NHTK[blocks_SN].transpose(1, 2).flatten(2, 3)[:, :, within]
 
-    def _indices(self, values: list[int]) -> torch.Tensor:
+    def _indices(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import TierBytes
-from asyncpipe_workers.attention import QKV, KeysValues, attend_chunk
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk, attend_rows
 from asyncpipe_workers.layout import Span, StepLayout
 from asyncpipe_workers.memory.disk import HOST, new_buffer
 from asyncpipe_workers.memory.kv import KVShape
 from asyncpipe_workers.memory.quantization import GroupCodec
 from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
 from asyncpipe_workers.memory.routes import Group, Growth, HomesByTier, Router, Stretch
-from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely
+from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely, kv_heads
 from asyncpipe_workers.memory.shares import Apportionment, Counts
 from asyncpipe_workers.memory.token_stores import DiskTokens, MemoryTokens, Part
 from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
@@ -151,7 +150,8 @@ class TieredKV:
         if key not in self._fetches and (fetch := self._fetch(layer, layout)) is not None:
             self._fetches[key] = fetch
 
-    def attend(self, layer: int, qkv: QKV, layout: StepLayout) -> torch.Tensor:
+    def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
+        assert form.is_plain  # noqa: S101 - checked when the stage is loaded: the order of past tokens is not kept
         self.prefetch(layer, layout)
         fetch = self._fetches.pop((layer, id(layout)), None)
         if fetch is not None:
@@ -178,20 +178,17 @@ class TieredKV:
     def _attend_group(self, group: Group, qkv: QKV, fetch: Fetch) -> torch.Tensor:
         """(n, H, K): one new token each of n sequences of the same length, side by side in the workspace."""
         rows, num = slice(group.first, group.last), group.last - group.first
-        size_NCHK = (num, group.length + 1, *qkv.k_THK.shape[1:])
+        size_NCHK = (num, group.length + 1, *qkv.k_TGK.shape[1:])
         stretch = slice(group.start, group.start + num * (group.length + 1))
         keys_NCHK, values_NCHK = (numbers[stretch].view(size_NCHK) for numbers in fetch.numbers)
-        keys_NCHK[:, -1], values_NCHK[:, -1] = qkv.k_THK[rows], qkv.v_THK[rows]
-        out_NH1K = F.scaled_dot_product_attention(
-            qkv.q_THK[rows].unsqueeze(2), keys_NCHK.transpose(1, 2), values_NCHK.transpose(1, 2)
-        )
-        return out_NH1K.squeeze(2)
+        keys_NCHK[:, -1], values_NCHK[:, -1] = qkv.k_TGK[rows], qkv.v_TGK[rows]
+        return attend_rows(qkv.q_THK[rows], keys_NCHK.transpose(1, 2), values_NCHK.transpose(1, 2))
 
     def _attend_row(self, layer: int, index: int, slot: int, qkv: QKV, fetch: Fetch | None) -> torch.Tensor:
         """(H, K): one new token over past ones that are in several places, and itself."""
         own = slice(index, index + 1)
         segments = self._segments(layer, slot, fetch, whole=False)
-        newest = KeysValues(qkv.k_THK[own], qkv.v_THK[own])
+        newest = KeysValues(qkv.k_TGK[own], qkv.v_TGK[own])
         if self._policy.attn_sparsity < 1.0:
             return attend_sparsely(qkv.q_THK[index], segments, newest, sparsity=self._policy.attn_sparsity)
         return attend_densely(qkv.q_THK[index], segments, newest)
@@ -200,8 +197,8 @@ class TieredKV:
         """(T, H, K): a chunk of a prompt over what came before it and itself."""
         rows, slot = slice(span.start, span.end), span.member.slot
         segments = self._segments(layer, slot, fetch, whole=True) if span.position else []
-        keys = torch.cat([*(segment.keys.to(self._device) for segment in segments), qkv.k_THK[rows]])
-        values = torch.cat([*(segment.whole_values().to(self._device) for segment in segments), qkv.v_THK[rows]])
+        keys = torch.cat([*(segment.keys.to(self._device) for segment in segments), qkv.k_TGK[rows]])
+        values = torch.cat([*(segment.whole_values().to(self._device) for segment in segments), qkv.v_TGK[rows]])
         return attend_chunk(qkv.q_THK[rows], KeysValues(keys.transpose(0, 1), values.transpose(0, 1)))
 
     # --- past tokens ---
@@ -241,7 +238,7 @@ class TieredKV:
             if self._on_disk is not None and not bool(from_host.all()):
                 found[~from_host] = self._on_disk.gather(part, slot, (unique_U[~from_host] - num_host).tolist())
             values_UHK = self._numbers(found).to(self._device)
-            heads_H1 = torch.arange(len(chosen_HN), device=self._device)[:, None]
+            heads_H1 = kv_heads(len(chosen_HN), self._shape.num_heads, self._device)
             return values_UHK[places_HN.to(self._device), heads_H1]
 
         return gather
@@ -332,7 +329,7 @@ class TieredKV:
     def _store(self, layer: int, qkv: QKV, layout: StepLayout) -> None:
         homes = self._router.route(layout).homes
         away: list[_Homeward] = []
-        for which, x_THK in ((KEYS, qkv.k_THK), (VALUES, qkv.v_THK)):
+        for which, x_THK in ((KEYS, qkv.k_TGK), (VALUES, qkv.v_TGK)):
             part = Part(layer, which)
             if homes.device is not None:
                 self._on_device.put(part, homes.device.slots_N, homes.device.places_N, self._stored(x_THK[homes.device.rows_N]))
@@ -340,7 +337,7 @@ class TieredKV:
                 away += self._store_chunk(part, span, x_THK[span.start : span.end])
         self._stores[layer] = [store for store in self._stores[layer] if not store.done() or store.exception()]
         if away or homes.host is not None or homes.disk is not None:
-            self._stores[layer].append(self._pool.submit(self._bring_home, layer, homes, (qkv.k_THK, qkv.v_THK), away))
+            self._stores[layer].append(self._pool.submit(self._bring_home, layer, homes, (qkv.k_TGK, qkv.v_TGK), away))
         if not self._policy.overlap:
             self._await_stores([layer])
 

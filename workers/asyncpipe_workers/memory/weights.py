@@ -23,7 +23,17 @@ from asyncpipe_workers.memory.stored import Extent, StoredTable, StoredTensor
 from asyncpipe_workers.memory.streams import Streams
 from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 from asyncpipe_workers.models.units import Unit
-from asyncpipe_workers.models.weights import Resident, Table, Wanted
+from asyncpipe_workers.models.weights import (
+    Linear,
+    Projection,
+    Resident,
+    Rows,
+    Table,
+    Wanted,
+    joined,
+    linear_of_parts,
+    transposed_of_parts,
+)
 
 ALIGN_BYTES = 64  # of tensors in the ring
 MERGE_GAP_BYTES = 256 << 10  # of one file, to read over rather than to begin again
@@ -311,11 +321,17 @@ class _View:
     def vector(self, name: str, size: int) -> torch.Tensor:
         return self._parts(_Key(name, 0, size))[0].view(size)
 
-    def matrix(self, names: Sequence[str], out_size: int, in_size: int) -> tuple[torch.Tensor, ...]:
-        return _joined([part for name in names for part in self._parts(_Key(name, 0, out_size))])
+    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> list[torch.Tensor]:
+        return self._parts(_Key(name, first, last))
 
-    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        return _joined(self._parts(_Key(name, first, last)))
+    def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
+        return linear_of_parts(self, rows, in_size, bias=bias)
+
+    def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
+        return transposed_of_parts(self, name, in_size, out_size, bias=bias)
+
+    def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
+        return Linear(joined(self._parts(_Key(name, first, last))), None)
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
         return self._store.table(name)
@@ -343,17 +359,3 @@ class _View:
     def _bytes(self, offset: int, num_bytes: int) -> torch.Tensor:
         assert self._memory is not None  # noqa: S101 - a unit without a region has nothing in it
         return self._memory[offset : offset + num_bytes]
-
-
-def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Blocks of rows that lie one after the other in memory are one."""
-    joined = parts[:1]
-    for part in parts[1:]:
-        last = joined[-1]
-        if last.data_ptr() + last.nbytes == part.data_ptr() and last.untyped_storage().data_ptr() == (
-            part.untyped_storage().data_ptr()
-        ):
-            joined[-1] = torch.as_strided(last, (len(last) + len(part), last.shape[1]), last.stride())
-        else:
-            joined.append(part)
-    return tuple(joined)

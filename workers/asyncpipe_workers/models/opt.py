@@ -19,7 +19,7 @@ from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
 from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm
 from asyncpipe_workers.models.units import Layer, StageUnits, Unit
-from asyncpipe_workers.models.weights import Linear, Weights
+from asyncpipe_workers.models.weights import Projection, Rows, Weights
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
 
@@ -69,18 +69,15 @@ class OPTConfig:
             raise Invalid(f"config.json: activation_function {parsed.activation!r} is not known; known: {known}")
         return parsed
 
+    has_plain_attention = True
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
-
-
-def _linear(weights: Weights, config: OPTConfig, names: list[str], out_size: int, in_size: int) -> Linear:
-    """Several projections of the same input are one."""
-    parts = weights.matrix([f"{name}.weight" for name in names], out_size, in_size)
-    if not config.has_bias:
-        return Linear(parts, None)
-    biases = [weights.vector(f"{name}.bias", out_size) for name in names]
-    return Linear(parts, torch.cat(biases) if len(biases) > 1 else biases[0])
 
 
 def _norm(weights: Weights, config: OPTConfig, name: str) -> LayerNorm:
@@ -98,8 +95,9 @@ class Attention:
         self._shape_3HK = (3, config.num_heads, config.head_size)
         self._norm_first = config.norm_first
         self._cache_layer = cache_layer
-        self.qkv = _linear(weights, config, [f"{name}.self_attn.{part}_proj" for part in "qkv"], hidden, hidden)
-        self.out = _linear(weights, config, [f"{name}.self_attn.out_proj"], hidden, hidden)
+        qkv = [Rows(f"{name}.self_attn.{part}_proj", hidden) for part in "qkv"]
+        self.qkv = weights.linear(qkv, hidden, bias=config.has_bias)
+        self.out = weights.linear([Rows(f"{name}.self_attn.out_proj", hidden)], hidden, bias=config.has_bias)
         self.norm = _norm(weights, config, f"{name}.self_attn_layer_norm")
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
@@ -119,8 +117,8 @@ class FeedForward:
         hidden, ffn, name = config.hidden_size, config.ffn_size, f"decoder.layers.{index}"
         self._norm_first = config.norm_first
         self._activation = ACTIVATIONS[config.activation]
-        self.fc1 = _linear(weights, config, [f"{name}.fc1"], ffn, hidden)
-        self.fc2 = _linear(weights, config, [f"{name}.fc2"], hidden, ffn)
+        self.fc1 = weights.linear([Rows(f"{name}.fc1", ffn)], hidden, bias=config.has_bias)
+        self.fc2 = weights.linear([Rows(f"{name}.fc2", hidden)], ffn, bias=config.has_bias)
         self.norm = _norm(weights, config, f"{name}.final_layer_norm")
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
@@ -171,16 +169,16 @@ class HeadInput:
         return x if self.project_out is None else self.project_out(x)
 
 
-def _projection(weights: Weights, name: str, out_size: int, in_size: int) -> Linear | None:
+def _projection(weights: Weights, name: str, out_size: int, in_size: int) -> Projection | None:
     if out_size == in_size:
         return None
-    return Linear(weights.matrix([f"decoder.{name}.weight"], out_size, in_size), None)
+    return weights.linear([Rows(f"decoder.{name}", out_size)], in_size, bias=False)
 
 
-def _logits(weights: Weights, config: OPTConfig, first: int, last: int) -> Linear:
+def _logits(weights: Weights, config: OPTConfig, first: int, last: int) -> Projection:
     """Of tokens [first, last). A tied head is the embedding."""
     name = "decoder.embed_tokens.weight" if config.tied_head else "lm_head.weight"
-    return Linear(weights.rows(name, first, last, of=(config.vocab_size, config.embedding_size)), None)
+    return weights.head(name, first, last, of=(config.vocab_size, config.embedding_size))
 
 
 def opt_units(config: OPTConfig, *, first: int, last: int, separate: bool, logits_rows: int | None) -> StageUnits:

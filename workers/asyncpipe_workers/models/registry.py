@@ -24,10 +24,15 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def num_heads(self) -> int: ...
+    def num_kv_heads(self) -> int: ...
 
     @property
     def head_size(self) -> int: ...
+
+    @property
+    def has_plain_attention(self) -> bool:
+        """Every token sees all before it, by nothing but the softmax of scaled products."""
+        ...
 
 
 class Family(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.weights import Recorder, Wanted, Weights
+from asyncpipe_workers.models.weights import Projection, Recorder, Wanted, Weights
 
 B = TypeVar("B", covariant=True)
 
@@ -25,9 +25,6 @@ class Embedding(Protocol):
     """Tokens and their positions to hidden states (T, D)."""
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor: ...
-
-
-Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

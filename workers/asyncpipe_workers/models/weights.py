@@ -1,20 +1,30 @@
 """How a block of a model asks for its tensors, wherever they are.
 
 A block (an attention, a feed-forward, an embedding …) is built from a `Weights`, by the checkpoint's names and shapes. So the
-same few lines build it from tensors that stay (`resident`), from a buffer that is filled anew for every step (`streamed`), or
-only to learn which tensors it needs (`Recorder`).
+same few lines build it from tensors that stay (`Resident`), from a buffer that is filled anew for every step (`StreamedWeights`
+in memory/weights.py), or only to learn which tensors it needs (`Recorder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from asyncpipe_workers.models.kernels import project
+from asyncpipe_workers.models.kernels import LinearMaker, PlainLinear, project
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""(..., in) to (..., out); the result is nobody else's, and may be written to."""
+
+
+class Rows(NamedTuple):
+    """One of the projections that share an input: `<name>.weight` is (size, in), `<name>.bias` (size,)."""
+
+    name: str
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,23 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         ys = [project(x, part) for part in self.parts]
         y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedLinear:
+    """y = x W + b. `parts` are blocks of W's rows, each (in, out), in order."""
+
+    parts: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y, first = None, 0
+        for part in self.parts:
+            product = torch.matmul(x[..., first : first + len(part)], part)
+            y = product if y is None else y.add_(product)
+            first += len(part)
+        assert y is not None  # noqa: S101 - a matrix has rows
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -51,17 +78,53 @@ class Weights(Protocol):
         """(size,)."""
         ...
 
-    def matrix(self, names: Sequence[str], out_size: int, in_size: int) -> tuple[torch.Tensor, ...]:
-        """Blocks of rows, in order, of the matrices of these names, (out_size, in_size) each, one below the other."""
+    def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
+        """The projections of one input, one after the other, as one."""
         ...
 
-    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Rows [first, last) of a matrix of shape `of`, as blocks of rows."""
+    def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
+        """Of a `<name>.weight` that is stored as (in, out)."""
+        ...
+
+    def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
+        """Rows [first, last) of the matrix `name` of shape `of` as a projection. It may be a table too."""
         ...
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
         """A matrix of which only some rows are needed at a time."""
         ...
+
+
+class Parts(Protocol):
+    """Tensors as blocks of rows, of which `linear_of_parts` and its like make projections."""
+
+    def vector(self, name: str, size: int) -> torch.Tensor: ...
+
+    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> list[torch.Tensor]: ...
+
+
+def linear_of_parts(parts: Parts, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Linear:
+    blocks = [block for name, size in rows for block in parts.rows(f"{name}.weight", 0, size, of=(size, in_size))]
+    biases = [parts.vector(f"{name}.bias", size) for name, size in rows] if bias else []
+    return Linear(joined(blocks), torch.cat(biases) if len(biases) > 1 else next(iter(biases), None))
+
+
+def transposed_of_parts(parts: Parts, name: str, in_size: int, out_size: int, *, bias: bool) -> TransposedLinear:
+    blocks = parts.rows(f"{name}.weight", 0, in_size, of=(in_size, out_size))
+    return TransposedLinear(joined(blocks), parts.vector(f"{name}.bias", out_size) if bias else None)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Blocks of rows that lie one after the other in memory are one."""
+    blocks = list(parts[:1])
+    for part in parts[1:]:
+        last = blocks[-1]
+        is_next = last.device.type != "meta" and last.data_ptr() + last.nbytes == part.data_ptr()
+        if is_next and last.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
+            blocks[-1] = torch.as_strided(last, (len(last) + len(part), last.shape[1]), last.stride())
+        else:
+            blocks.append(part)
+    return tuple(blocks)
 
 
 class Wanted(NamedTuple):
@@ -84,13 +147,18 @@ class Recorder:
         self.wanted.append(Wanted(name, (size,), 0, size))
         return torch.empty(size, device="meta")
 
-    def matrix(self, names: Sequence[str], out_size: int, in_size: int) -> tuple[torch.Tensor, ...]:
-        self.wanted += [Wanted(name, (out_size, in_size), 0, out_size) for name in names]
-        return (torch.empty(len(names) * out_size, in_size, device="meta"),)
-
-    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> list[torch.Tensor]:
         self.wanted.append(Wanted(name, of, first, last))
-        return (torch.empty(last - first, of[1], device="meta"),)
+        return [torch.empty(last - first, of[1], device="meta")]
+
+    def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
+        return linear_of_parts(self, rows, in_size, bias=bias)
+
+    def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
+        return transposed_of_parts(self, name, in_size, out_size, bias=bias)
+
+    def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
+        return Linear(joined(self.rows(name, first, last, of=of)), None)
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
         self.wanted.append(Wanted(name, (num_rows, size), 0, num_rows, is_lookup=True))
@@ -104,37 +172,53 @@ class Source(Protocol):
 
 
 class Resident:
-    """Tensors on the device in the dtype to compute in, read once each."""
+    """Tensors on the device in the dtype to compute in, read once each; `make_linear` gives matrices the form in which they
+    are multiplied, which may be the only one that is kept."""
 
-    def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device, make_linear: LinearMaker) -> None:
         self._source = source
         self._dtype = dtype
         self._device = device
+        self._make_linear = make_linear
         self._tables: dict[str, torch.Tensor] = {}
         self.num_params = self.num_bytes = 0
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        return self._read(name, (size,))
+        return self._kept(self._read(name, (size,)))
 
-    def matrix(self, names: Sequence[str], out_size: int, in_size: int) -> tuple[torch.Tensor, ...]:
-        parts = [self._read(name, (out_size, in_size)) for name in names]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0],)
+    def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
+        matrices = [self._read(f"{name}.weight", (size, in_size)) for name, size in rows]
+        biases = [self.vector(f"{name}.bias", size) for name, size in rows] if bias else []
+        weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        return self._made(weight, torch.cat(biases) if biases else None)
 
-    def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        return (self._whole(name, of)[first:last],)
+    def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
+        weight = self._read(f"{name}.weight", (in_size, out_size)).t().contiguous()
+        return self._made(weight, self.vector(f"{name}.bias", out_size) if bias else None)
+
+    def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
+        whole = self._tables.get(name)
+        linear = self._make_linear((self._read(name, of) if whole is None else whole)[first:last], None)
+        if whole is None or not isinstance(linear, PlainLinear):  # else it is the table
+            self.num_bytes += linear.num_bytes
+        return linear
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
-        return ResidentTable(self._whole(name, (num_rows, size)))
-
-    def _whole(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        """Shared by those who ask again: a tied head is the embedding."""
         if name not in self._tables:
-            self._tables[name] = self._read(name, shape)
-        return self._tables[name]
+            self._tables[name] = self._kept(self._read(name, (num_rows, size)))
+        return ResidentTable(self._tables[name])
+
+    def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+        linear = self._make_linear(weight, bias)
+        self.num_bytes += linear.num_bytes
+        return linear
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.num_bytes += tensor.nbytes
+        return tensor
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         # A copy, so that the checkpoint's mapped file can be let go.
         tensor = self._source.read(name, shape).to(device=self._device, dtype=self._dtype, copy=True)
         self.num_params += tensor.numel()
-        self.num_bytes += tensor.nbytes
         return tensor
