@@ -16,6 +16,7 @@ from asyncpipe.errors import Invalid
 
 MAX_BATCHES = 4096
 GROUP_HEADER_BYTES = 4  # a scale and a minimum, in half precision
+ROW_HEADER_BYTES = 4  # of a row in 8 bits: a scale in float32
 EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
 
 
@@ -40,7 +41,8 @@ class Shares(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """Group-wise quantization: `group_size` consecutive numbers share a scale and a minimum.
+    """Quantization. In 4 bits, `group_size` consecutive numbers share a scale and a minimum; in 8 bits, all numbers of a row
+    share a scale, and groups do not matter.
 
     Weights are grouped along their input dimension, keys and values along the head. Raises Invalid.
     """
@@ -49,19 +51,23 @@ class Compression:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.num_bits != 4:
-            raise Invalid(f"compression to {self.num_bits} bits: only 4 bits are supported")
+        if self.num_bits not in (4, 8):
+            raise Invalid(f"compression to {self.num_bits} bits: use 4 or 8")
         if not 2 <= self.group_size <= 4096 or self.group_size % 2:
             raise Invalid(f"compression in groups of {self.group_size}: use an even number from 2 to 4096")
 
     def packed_bytes(self, size: int) -> int:
-        """Of a row of `size` numbers, in whole groups."""
-        return packed_bytes(size, self.group_size)
+        """Of a row of `size` numbers, in 4 bits in whole groups."""
+        return size + ROW_HEADER_BYTES if self.num_bits == 8 else packed_bytes(size, self.group_size)
 
 
 def packed_bytes(size: int, group_size: int) -> int:
     """Of a row of `size` numbers in 4 bits, in whole groups, with each group's scale and minimum."""
     return -(-size // group_size) * (group_size // 2 + GROUP_HEADER_BYTES)
+
+
+QUANTIZE_FORMS = {"int8": Compression(num_bits=8), "int4": Compression(num_bits=4)}
+"""What `--quantize` makes of weights, to multiply them in that form."""
 
 
 def is_compressible(name: str, shape: tuple[int, ...]) -> bool:

@@ -70,6 +70,7 @@ CONVERT_EPILOG = """examples:
   asyncpipe-coordinator convert facebook/opt-1.3b ./opt-1.3b                      quicker to load, and to read in place
   asyncpipe-coordinator convert ./opt-30b ./opt-30b-4bit --compress-weight        a quarter of the bytes
   asyncpipe-coordinator convert ./opt-1.3b-np ./opt-1.3b --dtype float16 --json   FlexLLMGen's weights
+  asyncpipe-coordinator convert ./opt-1.3b ./opt-1.3b-int8 --quantize int8                 for generate --quantize int8
   asyncpipe-coordinator convert ./opt-30b-4bit --verify                           are all files as they were written?
 
 MODEL may be any form of checkpoint. TARGET becomes a Hugging Face checkpoint, with one file for each layer. It appears whole
@@ -209,6 +210,7 @@ def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("target", nargs="?", metavar="TARGET", help="the directory to make")
     parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as it is stored)")
     parser.switch("--compress-weight", help="matrices in 4 bits, by groups (default: false)")
+    parser.option("--quantize", metavar="int8|int4", help="as generate --quantize multiplies them (int4: --compress-weight)")
     parser.option("--group-size", type=int, default=64, metavar="N", help="numbers that share a scale (default: 64)")
     parser.option("--verify", action="store_true", help="convert nothing; compare TARGET with its checksums")
     parser.option("--overwrite", action="store_true", help="replace TARGET")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import MAX_BATCHES, Placement, Policy
+from asyncpipe.policy import MAX_BATCHES, QUANTIZE_FORMS, Placement, Policy
 from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS
 from asyncpipe_coordinator.core.limits import Schedule
@@ -44,6 +44,7 @@ class ServiceConfig:
     schedule: Schedule = Schedule.CONTINUOUS
     max_waiting: int = 4096  # requests that wait for a place before the answer is Busy
     dtype: str = "auto"
+    quantize: str | None = None  # the form in which matrices are multiplied: int8 or int4; None: in dtype
     device: str = "cpu"
     threads_per_stage: int | None = None  # None: the machine's cores, shared out
     max_restarts: int = 3  # of the whole pipeline, within restart_period_s; 0: the first loss is the end
@@ -62,11 +63,25 @@ class ServiceConfig:
         _check_range("--max-step-tokens", self.step_tokens, low=1, high=MAX_CONTEXT_TOKENS)
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
+        self._check_quantize()
         if self.simulation is None and self.device != "cpu" and not self.device.startswith("cuda"):
             raise Invalid(f"--device {self.device}: use cpu, cuda or sim:layer_ms=10")
         self._check_policies()
         if self.offload_dir is not None:
             _check_directory("--offload-dir", self.offload_dir)
+
+    def _check_quantize(self) -> None:
+        if self.quantize is None:
+            return
+        if self.quantize not in QUANTIZE_FORMS:
+            raise Invalid(f"--quantize {self.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
+        if self.simulation is not None or self.device.startswith("cuda"):
+            raise Invalid(f"--quantize {self.quantize} is for CPUs, not for --device {self.device}")
+        if self.moves_weights or self.device_memory is not None:
+            raise Invalid(
+                f"--quantize {self.quantize} keeps all weights where they are multiplied; for weights on other tiers, and for"
+                " memory budgets, use --compress-weight"
+            )
 
     def _check_policies(self) -> None:
         policies = self.policies

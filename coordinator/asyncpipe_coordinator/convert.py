@@ -17,7 +17,7 @@ import msgspec
 from tqdm import tqdm
 
 from asyncpipe.errors import AsyncPipeError, Invalid
-from asyncpipe.policy import Compression
+from asyncpipe.policy import QUANTIZE_FORMS, Compression
 from asyncpipe.process import ChildProcess
 from asyncpipe_coordinator.config import DTYPES
 from asyncpipe_coordinator.model_files import inspect_model, resolve_model
@@ -45,8 +45,8 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     if arguments.dtype not in DTYPES:
         raise Invalid(f"--dtype {arguments.dtype}: use one of {', '.join(DTYPES)}")
     argv = ["--dtype", arguments.dtype]
-    if arguments.compress_weight:
-        argv += ["--compress-weight", "--group-size", str(Compression(group_size=arguments.group_size).group_size)]
+    if compression := _compression(arguments):
+        argv += ["--compress-weight", "--num-bits", str(compression.num_bits), "--group-size", str(compression.group_size)]
     if arguments.overwrite:
         argv.append("--overwrite")
     source = resolve_model(arguments.model)
@@ -54,6 +54,17 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
     if not (source / "config.json").is_file():  # a weight directory of FlexLLMGen's
         argv += ["--config", msgspec.json.encode(info.config).decode()]
     return [*argv, "--", str(source), str(Path(arguments.target).expanduser())]
+
+
+def _compression(arguments: argparse.Namespace) -> Compression | None:
+    if arguments.quantize is None:
+        return Compression(group_size=arguments.group_size) if arguments.compress_weight else None
+    if arguments.quantize not in QUANTIZE_FORMS:
+        raise Invalid(f"--quantize {arguments.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
+    form = QUANTIZE_FORMS[arguments.quantize]
+    if arguments.compress_weight and form.num_bits != Compression().num_bits:
+        raise Invalid(f"--compress-weight is 4 bits, --quantize {arguments.quantize} is {form.num_bits}: give one of them")
+    return Compression(form.num_bits, arguments.group_size)
 
 
 async def convert(arguments: argparse.Namespace, worker_argv: Sequence[str]) -> int:
@@ -105,7 +116,8 @@ def _converted_line(result: dict[str, Any]) -> str:
     quantization = result["quantization"]
     form = result["dtype"]
     if quantization is not None:
-        form = f"{form}, matrices in {quantization['num_bits']} bits in groups of {quantization['group_size']}"
+        groups = f" in groups of {quantization['group_size']}" if quantization["num_bits"] == Compression().num_bits else ""
+        form = f"{form}, matrices in {quantization['num_bits']} bits{groups}"
     what = f"{result['tensors']} tensors, {result['bytes'] / 2**20:.1f} MiB ({form})"
     if result["is_done_before"]:
         return f"{result['target']} is a finished conversion of {result['source']} already: {what}"

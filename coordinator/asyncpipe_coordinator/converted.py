@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import Compression
+from asyncpipe.policy import QUANTIZE_FORMS, Compression
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.convert import WORKER, run_worker
 from asyncpipe_coordinator.model_files import ModelInfo
@@ -25,11 +25,14 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
 
 def needs_conversion(config: ServiceConfig) -> bool:
-    """Whether stages would have to write their share of the weights anew, at every start: they lie in `.bin` files, or are to
-    be compressed."""
-    if config.dummy_weights or config.simulation is not None or not any(policy.weights.disk for policy in config.policies):
+    """Whether stages would have to do the same work at every start: to quantize the weights, or to write those that belong on
+    disk anew, because they lie in `.bin` files or are to be compressed."""
+    if config.dummy_weights or config.simulation is not None:
         return False
-    return is_pickled(config.checkpoint) or _compression(config) is not None
+    on_disk = any(policy.weights.disk for policy in config.policies)
+    return (on_disk and is_pickled(config.checkpoint)) or (
+        (on_disk or bool(config.quantize)) and _compression(config) is not None
+    )
 
 
 async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Callable[[float], None]) -> Path:
@@ -43,10 +46,10 @@ async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Cal
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Invalid(f"cannot make {target.parent}: {error.strerror or error}; use another --offload-dir") from None
-    log.info("converting %s once, to %s: its weights cannot be read in place", config.checkpoint, target)
+    log.info("converting %s once, to %s", config.checkpoint, target)
     argv = [sys.executable, "-m", WORKER]
     if compression is not None:
-        argv += ["--compress-weight", "--group-size", str(compression.group_size)]
+        argv += ["--compress-weight", "--num-bits", str(compression.num_bits), "--group-size", str(compression.group_size)]
     if not (config.checkpoint / "config.json").is_file():
         argv += ["--config", msgspec.json.encode(model.config).decode()]
     total = 0
@@ -68,8 +71,12 @@ async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Cal
 
 def _compression(config: ServiceConfig) -> Compression | None:
     """How all stages want the weights packed, if they want the same and the checkpoint is not packed already."""
+    if (config.checkpoint / MANIFEST).is_file():
+        return None
+    if config.quantize:
+        return QUANTIZE_FORMS[config.quantize]
     wanted = {policy.comp_weight_config if policy.compress_weight else None for policy in config.policies}
-    return wanted.pop() if len(wanted) == 1 and not (config.checkpoint / MANIFEST).is_file() else None
+    return wanted.pop() if len(wanted) == 1 else None
 
 
 def _directory(config: ServiceConfig) -> Path:

@@ -56,6 +56,11 @@ def add_model_options(parser: Parser) -> None:
         "--device", default="cpu", help="cpu; cuda: stage k on card k; sim:layer_ms=10,…: only takes time (default: cpu)"
     )
     parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, float32 on CPUs)")
+    parser.option(
+        "--quantize",
+        metavar="int8|int4",
+        help="multiply in int8 (faster; CPUs) or with 4-bit weights (smallest); kept for the next start (default: --dtype)",
+    )
     parser.option("--threads-per-stage", type=int, metavar="T", help="compute threads (default: the cores, shared out)")
     add_policy_options(parser)
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
@@ -128,6 +133,7 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         schedule=schedule,
         device=arguments.device,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
         threads_per_stage=arguments.threads_per_stage,
     )
 

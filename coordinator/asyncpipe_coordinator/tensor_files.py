@@ -22,7 +22,7 @@ from asyncpipe_coordinator.tensor_shapes import Shapes
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 INDEX = "model.safetensors.index.json"
 NUMPY_EMBEDDING = "decoder.embed_tokens.weight"  # every weight directory of FlexLLMGen has it
-QUANTIZED_SUFFIX = ".q4"  # of the names of tensors that `convert --compress-weight` has stored, as rows of bytes
+QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that `convert` has stored in few bits, as rows of bytes
 MANIFEST = "asyncpipe.json"  # of a checkpoint that `convert` has made
 AGAIN = "download or save it again"
 
@@ -53,7 +53,7 @@ def is_pickled(path: Path) -> bool:
 
 
 def _check_shape(path: Path, name: str, expected: tuple[int, ...], found: Shapes) -> None:
-    packed = found.get(name + QUANTIZED_SUFFIX)
+    packed = next((found[name + suffix] for suffix in QUANTIZED_SUFFIXES if name + suffix in found), None)
     if name not in found and packed is None:
         raise Invalid(f"{path}: tensor {name} is missing from its weight files")
     if packed is not None and packed[:-1] == expected[:-1]:

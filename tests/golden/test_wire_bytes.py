@@ -351,6 +351,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             dummy_weights=True,
             policy=POLICY,
             offload_dir="/tmp/offload",
+            quantize="int8",
         ),
         {
             "epoch": 1,
@@ -371,6 +372,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "dummy_weights": True,
             "policy": PLAIN_POLICY,
             "offload_dir": "/tmp/offload",
+            "quantize": "int8",
         },
     ),
     (m.Ready(stage=1), {"stage": 1}),

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import Compression
 from asyncpipe_coordinator.model_files import inspect_model
 from asyncpipe_workers import convert_files
-from asyncpipe_workers.checkpoint import Checkpoint, Quantization
+from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.convert import main
 from asyncpipe_workers.convert_plan import make_plan
 from asyncpipe_workers.memory.quantization import GroupCodec
@@ -197,7 +198,7 @@ def test_compressed_matrices_are_what_the_codec_makes_of_them(
     assert inspect_model(target).dtype == "float16"
     codec = GroupCodec(group_size)
     with Checkpoint(target) as checkpoint:
-        assert checkpoint.quantization == Quantization(num_bits=4, group_size=group_size)
+        assert checkpoint.quantization == Compression(num_bits=4, group_size=group_size)
         for name, tensor in all_tensors(source).items():
             if tensor.ndim < 2 or "embed" in name:
                 assert torch.equal(checkpoint.read(name, tuple(tensor.shape)), tensor.half())

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from asyncpipe.errors import AsyncPipeError, Invalid
+from asyncpipe.policy import Compression
 from asyncpipe_coordinator import convert as convert_command
 from asyncpipe_coordinator.cli import main as command
-from asyncpipe_workers.checkpoint import Checkpoint, Quantization
+from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.convert import main
 from asyncpipe_workers.convert_target import commit
 from tests.checkpoints import make_opt
@@ -67,7 +68,7 @@ def test_other_settings_need_overwrite_and_replace_everything(
         converted(source, target, *flags, "--overwrite")
     assert not (target / "stale.safetensors").exists()
     with Checkpoint(target) as checkpoint:
-        assert checkpoint.quantization == Quantization(4, 64)
+        assert checkpoint.quantization == Compression(4, 64)
     assert os.listdir(tmp_path) == ["target"]
 
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import Compression
 from asyncpipe_workers.checkpoint_files import AGAIN, FileRange, TensorFile, open_tensor_file
-from asyncpipe_workers.manifest import QUANTIZED_SUFFIX, Quantization, check_sizes, load_manifest
+from asyncpipe_workers.manifest import QUANTIZED_SUFFIXES, check_sizes, load_manifest
 from asyncpipe_workers.numpy_weights import NumpyFile, is_numpy_directory, numpy_tensor_names
 
-__all__ = ["Checkpoint", "FileRange", "Quantization", "TensorInfo", "read_config"]
+__all__ = ["Checkpoint", "FileRange", "TensorInfo", "read_config"]
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -38,7 +39,7 @@ class _Place(NamedTuple):
 class Checkpoint:
     """Use in `with`. Opens only the files that hold a tensor that is asked for.
 
-    Names are without "model.". A tensor that is stored compressed has the name `<name>.q4`.
+    Names are without "model.". A tensor that is stored compressed has the name `<name>.q4` or `<name>.q8`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,8 +49,7 @@ class Checkpoint:
         manifest = load_manifest(path)
         if manifest is not None:
             check_sizes(path, manifest)
-        compression = None if manifest is None else manifest.quantization
-        self._quantization = None if compression is None else Quantization(compression.num_bits, compression.group_size)
+        self._quantization = None if manifest is None else manifest.quantization
         self._is_numpy = False
         self._places = {place.stored_name.removeprefix(PREFIX): place for place in self._find_tensors()}
 
@@ -62,8 +62,8 @@ class Checkpoint:
         self._files.clear()
 
     @property
-    def quantization(self) -> Quantization | None:
-        """How the tensors called `<name>.q4` are compressed; None when there are none."""
+    def quantization(self) -> Compression | None:
+        """How the tensors called `<name>.q4` or `.q8` are compressed; None when there are none."""
         return self._quantization
 
     def names(self) -> frozenset[str]:
@@ -105,8 +105,9 @@ class Checkpoint:
         plain = name.removeprefix(PREFIX)
         if place := self._places.get(plain):
             return place
-        if plain + QUANTIZED_SUFFIX in self._places:
-            raise Invalid(f"{self.path}: tensor {plain} is stored compressed, as {plain}{QUANTIZED_SUFFIX}")
+        for suffix in QUANTIZED_SUFFIXES:
+            if plain + suffix in self._places:
+                raise Invalid(f"{self.path}: tensor {plain} is stored compressed, as {plain}{suffix}")
         raise Invalid(f"{self.path}: tensor {plain} is missing")
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

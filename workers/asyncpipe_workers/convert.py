@@ -40,7 +40,7 @@ from asyncpipe_workers.convert_target import (
     remove_leftovers,
 )
 from asyncpipe_workers.manifest import MANIFEST, Manifest, ManifestFile, check_checksums, check_sizes, load_manifest
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import Codec, make_codec
 
 PROGRAM = "python -m asyncpipe_workers.convert"
 EXIT_USAGE = 2
@@ -137,7 +137,7 @@ def _write(
 ) -> None:
     report({"event": "begin", "tensors": plan.num_tensors, "bytes": plan.num_bytes})
     progress = _Progress(report)
-    codec = None if plan.compression is None else GroupCodec(plan.compression.group_size)
+    codec = None if plan.compression is None else make_codec(plan.compression)
     entries = [_write_tensors(partial, checkpoint, file, codec, progress) for file in plan.files]
     entries.append(write_file(partial / INDEX, _index(plan)))
     write_file(partial / "config.json", _config_with_dtype(config, plan.dtype))
@@ -153,7 +153,7 @@ def _with_files(manifest: Manifest, files: Sequence[ManifestFile]) -> Manifest:
 
 
 def _write_tensors(
-    partial: Path, checkpoint: Checkpoint, planned: PlannedFile, codec: GroupCodec | None, progress: _Progress
+    partial: Path, checkpoint: Checkpoint, planned: PlannedFile, codec: Codec | None, progress: _Progress
 ) -> ManifestFile:
     with HashedFile(partial / planned.name) as file:
         file.write(planned.header)
@@ -165,7 +165,7 @@ def _write_tensors(
     return file.entry
 
 
-def _converted(checkpoint: Checkpoint, planned: PlannedTensor, codec: GroupCodec | None) -> Iterator[memoryview]:
+def _converted(checkpoint: Checkpoint, planned: PlannedTensor, codec: Codec | None) -> Iterator[memoryview]:
     tensor = checkpoint.read(planned.source_name, planned.source_shape).detach()
     change = codec.encode if planned.is_compressed and codec is not None else functools.partial(cast, dtype=planned.dtype)
     try:
@@ -247,7 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="a Hugging Face directory, or FlexLLMGen's weights with a config.json")
     parser.add_argument("target", metavar="TARGET", nargs="?", help="the directory to make")
     parser.add_argument("--dtype", default="auto", choices=["auto", *FLOAT_DTYPES], help="auto: as it is stored")
-    parser.add_argument("--compress-weight", action="store_true", help="store matrices in 4 bits")
+    parser.add_argument("--compress-weight", action="store_true", help="store matrices in few bits")
+    parser.add_argument("--num-bits", type=int, default=4, choices=[4, 8], help="how few (default: 4)")
     parser.add_argument("--group-size", type=int, default=64, help="numbers that share a scale (default: 64)")
     parser.add_argument("--verify", action="store_true", help="only check all checksums of TARGET (or SOURCE without one)")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET")
@@ -266,7 +267,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         source=Path(arguments.source).resolve(),
         target=Path(arguments.target).resolve(),
         dtype=arguments.dtype,
-        compression=Compression(group_size=arguments.group_size) if arguments.compress_weight else None,
+        compression=Compression(arguments.num_bits, arguments.group_size) if arguments.compress_weight else None,
         overwrite=arguments.overwrite,
         config=arguments.config,
     )

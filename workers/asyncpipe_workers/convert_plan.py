@@ -20,8 +20,8 @@ from asyncpipe.policy import Compression, is_compressible
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
-from asyncpipe_workers.manifest import QUANTIZED_SUFFIX
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.manifest import quantized_suffix
+from asyncpipe_workers.memory.quantization import make_codec
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTER_FILE = "outer.safetensors"
@@ -134,8 +134,10 @@ def _plan_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, compress
     stored_dtype, shape = checkpoint.describe(name)
     stored_name = checkpoint.stored_name(name)
     if compression is not None and stored_dtype.is_floating_point and is_compressible(name, shape):
-        packed = (*shape[:-1], GroupCodec(compression.group_size).packed_size(shape[-1]))
-        return PlannedTensor(name, shape, stored_name + QUANTIZED_SUFFIX, torch.uint8, packed, is_compressed=True)
+        packed = (*shape[:-1], make_codec(compression).packed_size(shape[-1]))
+        return PlannedTensor(
+            name, shape, stored_name + quantized_suffix(compression.num_bits), torch.uint8, packed, is_compressed=True
+        )
     if not stored_dtype.is_floating_point:
         dtype = stored_dtype
     if dtype not in DTYPE_NAMES:

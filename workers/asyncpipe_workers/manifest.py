@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -15,16 +14,13 @@ from asyncpipe_workers.checkpoint_files import reading
 
 MANIFEST = "asyncpipe.json"
 FORMAT_VERSION = 1
-QUANTIZED_SUFFIX = ".q4"  # of the names of tensors that are stored compressed
+QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that are stored compressed
 
 _READ_BYTES = 4 << 20
 
 
-class Quantization(NamedTuple):
-    """How tensors whose names end in `.q4` are compressed."""
-
-    num_bits: int
-    group_size: int
+def quantized_suffix(num_bits: int) -> str:
+    return f".q{num_bits}"
 
 
 class ManifestFile(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.free_space import free_disk_bytes
-from asyncpipe.policy import Policy
+from asyncpipe.policy import QUANTIZE_FORMS, Policy
 from asyncpipe.wire.messages import LoadStage, TierBytes, TierReport
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.memory.activations import Activations, DeviceActivations, TieredActivations
@@ -21,13 +21,14 @@ from asyncpipe_workers.memory.available import available_bytes
 from asyncpipe_workers.memory.disk import DiskFiles
 from asyncpipe_workers.memory.kv import KVCache, KVShape, make_kv_cache
 from asyncpipe_workers.memory.placement import Sized, place
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import Codec, make_codec
 from asyncpipe_workers.memory.source import CheckpointSource, DummySource, StoredForm, TensorSource
 from asyncpipe_workers.memory.stored import Storage, StoredTensor
 from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
-from asyncpipe_workers.models.kernels import make_float_linear
+from asyncpipe_workers.models.kernels import LinearMaker, make_float_linear
+from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.models.registry import Family, ModelConfig, find_family
 from asyncpipe_workers.models.units import StageUnits
 from asyncpipe_workers.models.weights import Resident, Wanted
@@ -134,17 +135,28 @@ class _Loader:
 
     @contextlib.contextmanager
     def _source(self) -> Iterator[TensorSource]:
-        codec = GroupCodec(self._policy.comp_weight_config.group_size) if self._policy.compress_weight else None
+        codec = self._weight_codec()
         if self._plan.dummy_weights:
             yield DummySource(dtype=self._dtype, codec=codec)
             return
         with Checkpoint(Path(self._plan.checkpoint)) as checkpoint:
             yield CheckpointSource(checkpoint, self._files, codec=codec)
 
+    def _weight_codec(self) -> Codec | None:
+        """For weights that are packed as they are read."""
+        return make_codec(self._policy.comp_weight_config) if self._policy.compress_weight else None
+
+    def _linear_maker(self) -> LinearMaker | QuantizedLinears:
+        if not self._plan.quantize:
+            return make_float_linear
+        if self._plan.quantize not in QUANTIZE_FORMS:
+            raise Invalid(f"quantize {self._plan.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
+        return QuantizedLinears(make_codec(QUANTIZE_FORMS[self._plan.quantize]), self._device)
+
     # --- weights ---
 
     def _resident(self, units: StageUnits, source: TensorSource) -> tuple[WeightStore, TierBytes, int]:
-        weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=make_float_linear)
+        weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=self._linear_maker())
         store = ResidentWeights(sequence_of(units), weights)
         return store, TierBytes(device=weights.num_bytes), weights.num_params
 

@@ -181,6 +181,7 @@ class WorkerPool:
             checkpoint=str(self.config.checkpoint),
             config_json=msgspec.json.encode(self.model.config).decode(),
             dtype=self.dtype,
+            quantize=self.config.quantize or "",
             max_context_len=self.model.max_context_len,
             max_sequences=self.max_sequences,
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),

@@ -1,4 +1,6 @@
-"""Numbers in four bits: FlexLLMGen's group-wise codec (Sheng et al. 2023, "FlexGen: High-Throughput Generative Inference of
+"""Numbers in four and in eight bits.
+
+`GroupCodec` is FlexLLMGen's group-wise codec (Sheng et al. 2023, "FlexGen: High-Throughput Generative Inference of
 Large Language Models with a Single GPU").
 
 The last dimension is grouped and padded with zeros to whole groups. A group of minimum mn and maximum mx has the scale
@@ -7,6 +9,9 @@ is read as code / scale + mn in float32.
 
 A row of bytes holds the codes, two to a byte, the even one in the high half; then the scale and minimum of each group,
 little-endian. So a row can be read without any other.
+
+`RowCodec` is for eight bits: a row's scale s is its largest magnitude / 127, the code of x round(x / s); a row of bytes holds
+the codes, signed, then s in float32.
 
 What float16 cannot hold: the scale of a range below 2.3e-4 is infinite, so that the group becomes its minimum, as a constant
 group does; a minimum beyond +-65504 becomes +-65504, and a range above 2.5e8 becomes 2.5e8. So finite numbers stay finite (in
@@ -19,14 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import packed_bytes
+from asyncpipe.policy import ROW_HEADER_BYTES, Compression, packed_bytes
 
 MAX_CODE = 15
+MAX_ROW_CODE = 127
+MIN_ROW_SCALE = torch.finfo(torch.float32).tiny
 MAX_FLOAT16 = torch.finfo(torch.float16).max
 MIN_FLOAT16 = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # subnormal
 MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -35,6 +43,82 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 # bound on memory alone, and few large operations are best.
 CPU_PIECE = 1 << 19
 DEVICE_PIECE = 1 << 24
+
+
+class Codec(Protocol):
+    """Packs rows of numbers, on any device."""
+
+    @property
+    def compression(self) -> Compression: ...
+
+    def packed_size(self, size: int) -> int:
+        """Bytes of a row of `size` numbers."""
+        ...
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N) of any floating-point type -> (..., B) uint8. Raises Invalid."""
+        ...
+
+    def decode(self, packed: torch.Tensor, size: int, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., B) uint8 -> (..., N = `size`) of `dtype`, written to `out` if given. Raises Invalid."""
+        ...
+
+
+def make_codec(compression: Compression) -> Codec:
+    return RowCodec() if compression.num_bits == 8 else GroupCodec(compression.group_size)
+
+
+class RowCodes(NamedTuple):
+    """Of rows in eight bits: x = codes * scales."""
+
+    codes_RN: torch.Tensor  # int8
+    scales_R: torch.Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class RowCodec:
+    """Eight bits, symmetric, a scale for each row."""
+
+    @property
+    def compression(self) -> Compression:
+        return Compression(num_bits=8)
+
+    def packed_size(self, size: int) -> int:
+        return size + ROW_HEADER_BYTES
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[-1]
+        packed = torch.empty((*x.shape[:-1], self.packed_size(size)), dtype=torch.uint8, device=x.device)
+        for piece, packed_piece in _split(x.detach(), packed, max(CPU_PIECE // max(size, 1), 1)):
+            numbers = piece.to(torch.float32)
+            scales_R1 = numbers.abs().amax(-1, keepdim=True).div_(MAX_ROW_CODE).clamp_(min=MIN_ROW_SCALE)
+            codes = (numbers / scales_R1).round_().clamp_(-MAX_ROW_CODE, MAX_ROW_CODE)
+            packed_piece[..., :size] = codes.to(torch.int8).view(torch.uint8)
+            packed_piece[..., size:] = scales_R1.view(torch.uint8)
+        return packed
+
+    def decode(self, packed: torch.Tensor, size: int, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            out = torch.empty((*packed.shape[:-1], size), dtype=dtype, device=packed.device)
+        for packed_piece, piece in _split(packed, out, max(CPU_PIECE // max(size, 1), 1)):
+            codes, scales = self.codes(packed_piece, size)
+            piece.copy_(codes.to(torch.float32).mul_(scales[..., None]))
+        return out
+
+    def codes(self, packed: torch.Tensor, size: int) -> RowCodes:
+        """(..., B) uint8 -> (..., N) and (...)."""
+        if packed.dtype != torch.uint8 or packed.shape[-1] != self.packed_size(size):
+            raise Invalid(f"a tensor of {packed.dtype} and shape {tuple(packed.shape)} is no rows of {size} numbers in 8 bits")
+        scales = packed[..., size:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        return RowCodes(packed[..., :size].contiguous().view(torch.int8), scales[..., 0])
+
+
+class GroupCodes(NamedTuple):
+    """Of rows in four bits: x = codes / scales + minima, the last two one for each group."""
+
+    codes_RN: torch.Tensor  # uint8
+    scales_RG: torch.Tensor  # float32
+    minima_RG: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +130,17 @@ class GroupCodec:
     def __post_init__(self) -> None:
         if self.group_size < 2 or self.group_size % 2:
             raise Invalid(f"groups of {self.group_size} numbers: use an even number, 2 or more")
+
+    @property
+    def compression(self) -> Compression:
+        return Compression(num_bits=4, group_size=self.group_size)
+
+    def codes(self, packed: torch.Tensor, size: int) -> GroupCodes:
+        """(..., B) uint8 -> (..., padded N) and (..., G) twice."""
+        self._check_packed(packed, size)
+        code_bytes = self._code_bytes(size)
+        kept = packed[..., code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+        return GroupCodes(_halves_apart(packed[..., :code_bytes]), kept[..., 0::2], kept[..., 1::2])
 
     def packed_size(self, size: int) -> int:
         """Bytes of a row of `size` numbers."""

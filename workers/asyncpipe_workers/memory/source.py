@@ -1,6 +1,6 @@
 """A model's tensors in the form in which they are stored, by rows, so that no more is in memory than is wanted.
 
-A stored tensor is rows of bytes: of its numbers as they are, or of 4-bit codes (`GroupCodec`). Vectors are one row.
+A stored tensor is rows of bytes: of its numbers as they are, or of codes of few bits (`Codec`). Vectors are one row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from asyncpipe.policy import is_compressible
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
+from asyncpipe_workers.manifest import quantized_suffix
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import Codec, make_codec
 
 CHUNK_BYTES = 16 << 20  # of rows read, or packed, at once
 DUMMY_STD = 0.02
@@ -29,7 +30,7 @@ class StoredForm:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    codec: GroupCodec | None
+    codec: Codec | None
     place: FileRange | None
 
     @property
@@ -77,6 +78,27 @@ class TensorSource(Protocol):
         """All of it, as numbers."""
         ...
 
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        """All rows in the codec's form."""
+        ...
+
+
+def _read_packed(source: TensorSource, form: StoredForm, codec: Codec) -> torch.Tensor:
+    """All rows in the codec's form, (n, packed bytes) uint8: as they are, if they are packed so, or packed some at a time."""
+    packed = torch.empty(form.num_rows, codec.packed_size(form.row_len), dtype=torch.uint8)
+    is_packed_so = form.codec is not None and form.codec.compression == codec.compression
+    row = 0
+    for rows in source.chunks(form, 0, form.num_rows):
+        target = packed[row : row + len(rows)]
+        if is_packed_so:
+            target.copy_(rows)
+        else:
+            numbers = torch.empty(len(rows), form.row_len, dtype=torch.float32 if form.codec else form.dtype)
+            form.unpack(rows, numbers)
+            target.copy_(codec.encode(numbers))
+        row += len(rows)
+    return packed
+
 
 def _rows_per_chunk(row_bytes: int) -> int:
     return max(CHUNK_BYTES // row_bytes, 1)
@@ -85,18 +107,19 @@ def _rows_per_chunk(row_bytes: int) -> int:
 class CheckpointSource:
     """A checkpoint's tensors; with `codec`, its matrices are packed as they are read, unless they are packed already."""
 
-    def __init__(self, checkpoint: Checkpoint, files: DiskFiles, *, codec: GroupCodec | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: DiskFiles, *, codec: Codec | None = None) -> None:
         self._checkpoint = checkpoint
         self._files = files
         self._codec = codec
         self._names = frozenset(checkpoint.names())
         quantization = checkpoint.quantization
-        self._packed_codec = GroupCodec(quantization.group_size) if quantization else None
+        self._packed_codec = make_codec(quantization) if quantization else None
+        self._suffix = quantized_suffix(quantization.num_bits) if quantization else ""
 
     def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
-        if self._packed_codec is not None and f"{name}.q4" in self._names:
+        if self._packed_codec is not None and name + self._suffix in self._names:
             packed_shape = (*shape[:-1], self._packed_codec.packed_size(shape[-1]))
-            place = self._checkpoint.locate(f"{name}.q4", packed_shape)
+            place = self._checkpoint.locate(name + self._suffix, packed_shape)
             return StoredForm(name, shape, torch.uint8, self._packed_codec, place)
         plain = self._plain_form(name, shape)
         if self._codec is None or not is_compressible(name, shape):
@@ -125,6 +148,9 @@ class CheckpointSource:
             row += len(rows)
         return numbers.view(shape)
 
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        return _read_packed(self, self.form(name, shape), codec)
+
     def _plain_form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
         place = self._checkpoint.locate(name, shape)
         dtype = place.dtype if place is not None else self._checkpoint.read(name, shape).dtype
@@ -149,7 +175,7 @@ class DummySource:
     before its training; numbers repeat.
     """
 
-    def __init__(self, *, dtype: torch.dtype, codec: GroupCodec | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype, codec: Codec | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(DUMMY_POOL, generator=generator) * DUMMY_STD
         self._dtype = dtype
@@ -172,6 +198,9 @@ class DummySource:
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         form = StoredForm(name, shape, self._dtype, None, None)
         return self._fill(form, 0, _new_numbers(form.num_rows * form.row_len, self._dtype)).view(shape)
+
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        return _read_packed(self, self.form(name, shape), codec)
 
     def _fill(self, form: StoredForm, start: int, numbers: torch.Tensor) -> torch.Tensor:
         """With those of the tensor from number `start` on."""

@@ -25,7 +25,7 @@ from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, a
 from asyncpipe_workers.layout import Span, StepLayout
 from asyncpipe_workers.memory.disk import HOST, new_buffer
 from asyncpipe_workers.memory.kv import KVShape
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import make_codec
 from asyncpipe_workers.memory.ring import POISON, POISON_BYTE
 from asyncpipe_workers.memory.routes import Group, Growth, HomesByTier, Router, Stretch
 from asyncpipe_workers.memory.segments import Segment, attend_densely, attend_sparsely, kv_heads
@@ -86,7 +86,7 @@ class TieredKV:
         self._device = device
         self._pool = pool
         self._log = log
-        self._codec = GroupCodec(policy.comp_cache_config.group_size) if policy.compress_cache else None
+        self._codec = make_codec(policy.comp_cache_config) if policy.compress_cache else None
         self._split = Apportionment(policy.cache)
         self._free = list(range(shape.max_sequences))[::-1]
         self._lengths = [Counts()] * shape.max_sequences

@@ -14,7 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from asyncpipe_workers.models.kernels import LinearMaker, PlainLinear, project
+from asyncpipe_workers.memory.quantization import Codec
+from asyncpipe_workers.models.kernels import LinearMaker, PlainLinear, ResidentLinear, project
+from asyncpipe_workers.models.quantized import QuantizedLinears
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """(..., in) to (..., out); the result is nobody else's, and may be written to."""
@@ -170,12 +172,18 @@ class Source(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
 
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        """A matrix (O, I) as rows of `codec`'s, (O, B) uint8."""
+        ...
+
 
 class Resident:
     """Tensors on the device in the dtype to compute in, read once each; `make_linear` gives matrices the form in which they
     are multiplied, which may be the only one that is kept."""
 
-    def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device, make_linear: LinearMaker) -> None:
+    def __init__(
+        self, source: Source, *, dtype: torch.dtype, device: torch.device, make_linear: LinearMaker | QuantizedLinears
+    ) -> None:
         self._source = source
         self._dtype = dtype
         self._device = device
@@ -187,10 +195,13 @@ class Resident:
         return self._kept(self._read(name, (size,)))
 
     def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
-        matrices = [self._read(f"{name}.weight", (size, in_size)) for name, size in rows]
         biases = [self.vector(f"{name}.bias", size) for name, size in rows] if bias else []
-        weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-        return self._made(weight, torch.cat(biases) if biases else None)
+        joint_bias = torch.cat(biases) if biases else None
+        if isinstance(self._make_linear, QuantizedLinears):
+            packed = [self._read_packed(f"{name}.weight", (size, in_size)) for name, size in rows]
+            return self._counted(self._make_linear.of_packed(torch.cat(packed), in_size, joint_bias))
+        matrices = [self._read(f"{name}.weight", (size, in_size)) for name, size in rows]
+        return self._made(torch.cat(matrices) if len(matrices) > 1 else matrices[0], joint_bias)
 
     def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
         weight = self._read(f"{name}.weight", (in_size, out_size)).t().contiguous()
@@ -209,9 +220,16 @@ class Resident:
         return ResidentTable(self._tables[name])
 
     def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-        linear = self._make_linear(weight, bias)
+        return self._counted(self._make_linear(weight, bias))
+
+    def _counted(self, linear: ResidentLinear) -> Projection:
         self.num_bytes += linear.num_bytes
         return linear
+
+    def _read_packed(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        assert isinstance(self._make_linear, QuantizedLinears)  # noqa: S101 - the callers' condition
+        self.num_params += shape[0] * shape[1]
+        return self._source.read_packed(name, shape, self._make_linear.codec)
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         self.num_bytes += tensor.nbytes

@@ -1,0 +1,104 @@
+"""Products with weights in eight and four bits, on CPUs.
+
+int8: rows of inputs are quantized as they come, each by its own largest magnitude, and multiplied as integers (VNNI where the
+processor has it). A row's result does not depend on what other rows are in the batch. int4: weights in groups along the inputs,
+unpacked to bfloat16 in registers, which saves memory traffic and no arithmetic: for few rows.
+
+Shapes: R rows, I inputs, O outputs, G groups, B bytes of a packed row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from asyncpipe.errors import Invalid
+from asyncpipe_workers.memory.quantization import Codec, GroupCodec, RowCodec
+from asyncpipe_workers.models.kernels import ResidentLinear
+
+ROW_LIMIT = 127.0
+ZERO_POINT = 128  # of inputs, which the kernels take as unsigned bytes
+INT4_GROUPS = (32, 64, 128, 256)  # that the kernel knows
+INT4_OUTPUTS = 16  # it works on so many rows of the weight at once
+MIDDLE_CODE = 8  # its codes are 0 to 15, and mean code - 8
+
+
+class Int8Linear:
+    """`packed` (O, B) is of a `RowCodec`."""
+
+    def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
+        codes_OI, scales_O = RowCodec().codes(packed, in_size)
+        with _quietly():
+            zero_points_O = torch.zeros(len(codes_OI), dtype=torch.long)
+            weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O, zero_points_O, 0)
+            self._weight = torch.ops.quantized.linear_prepack(weight, None)
+        self._bias = None if bias is None else bias.float()
+        self.num_bytes = packed.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        limits_R1 = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_min_(1e-30)
+        y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows / limits_R1, 1 / ROW_LIMIT, ZERO_POINT, self._weight
+        )
+        y = y.mul_(limits_R1) if self._bias is None else torch.addcmul(self._bias, y, limits_R1, out=y)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class Int4Linear:
+    """`packed` (O, B) is of `codec`."""
+
+    def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
+        codes_OI, scales_OG, minima_OG = codec.codes(packed, in_size)
+        steps_OG = scales_OG.reciprocal()
+        zeros_OG = minima_OG + MIDDLE_CODE * steps_OG
+        self._scales_zeros_GO2 = torch.stack([steps_OG, zeros_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)
+        self._group_size = codec.group_size
+        self._bias = bias
+        self.num_bytes = packed.nbytes
+
+    @staticmethod
+    def fits(codec: GroupCodec, out_size: int, in_size: int) -> bool:
+        return codec.group_size in INT4_GROUPS and in_size % codec.group_size == 0 and out_size % INT4_OUTPUTS == 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self._weight, self._group_size, self._scales_zeros_GO2
+        )
+        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class QuantizedLinears:
+    """Makes linears of packed rows, or of numbers, which it packs. Raises Invalid for a device without such kernels."""
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise Invalid(f"--quantize computes on CPUs only, so far; use --compress-weight or --dtype bfloat16 on {device}")
+        self.codec = codec
+
+    def of_packed(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> ResidentLinear:
+        """`packed` (O, B) is of `codec`."""
+        if isinstance(self.codec, GroupCodec) and Int4Linear.fits(self.codec, len(packed), in_size):
+            return Int4Linear(self.codec, packed, in_size, bias)
+        if isinstance(self.codec, RowCodec):
+            return Int8Linear(packed, in_size, bias)
+        numbers = self.codec.decode(packed, in_size, dtype=torch.float32)
+        return Int8Linear(RowCodec().encode(numbers), in_size, bias)
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
+        return self.of_packed(self.codec.encode(weight), weight.shape[1], bias)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """torch announces the end of its quantized tensors; their kernels are the only ones of their kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
