@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import Compression
 from asyncpipe_workers.memory import quantization
-from asyncpipe_workers.memory.quantization import GroupCodec
+from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GROUP_SIZES = [32, 64, 128]
@@ -358,3 +359,20 @@ def test_cuda_gives_the_bytes_and_numbers_of_the_cpu(size: int, dtype: torch.dty
     packed = codec.encode(x)
     assert torch.equal(codec.encode(x.cuda()).cpu(), packed)
     assert torch.equal(codec.decode(packed.cuda(), size, dtype=dtype).cpu(), codec.decode(packed, size, dtype=dtype))
+
+
+@given(
+    rows=st.integers(1, 5),
+    size=st.integers(1, 70),
+    magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e6, 1e30]),
+    seed=st.integers(0, 1000),
+)
+def test_eight_bits_are_off_by_half_a_step_at_most(rows: int, size: int, magnitude: float, seed: int) -> None:
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * magnitude
+    codec = RowCodec()
+    packed = codec.encode(x)
+    assert packed.shape == (rows, codec.packed_size(size)) == (rows, Compression(num_bits=8).packed_bytes(size))
+    steps = x.abs().amax(1, keepdim=True) / 127
+    assert ((codec.decode(packed, size, dtype=torch.float32) - x).abs() <= 0.501 * steps).all()
+    again = codec.encode(codec.decode(packed, size, dtype=torch.float32))
+    assert torch.equal(again[:, :size], packed[:, :size])

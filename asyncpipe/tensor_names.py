@@ -1,0 +1,34 @@
+"""What the names of a checkpoint's tensors say: the same tensor has them in front of a bare decoder and of a multimodal model."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "transformer.")
+
+_LAYER = re.compile(r"(?:decoder\.)?(?:layers|h)\.(\d+)\.(.+)")
+_ATTENTION_STARTS = ("self_attn", "attn", "input_layernorm", "ln_1")
+
+
+class LayerName(NamedTuple):
+    """`rest` is the name within the decoder layer: "self_attn.q_proj.weight"."""
+
+    index: int
+    rest: str
+
+    @property
+    def is_attention(self) -> bool:
+        return self.rest.startswith(_ATTENTION_STARTS)
+
+
+def plain_name(stored_name: str) -> str:
+    """Without what causal language models put before a decoder's names: "layers.0.mlp.up_proj.weight"."""
+    prefix = next((each for each in PREFIXES if stored_name.startswith(each)), "")
+    return stored_name.removeprefix(prefix)
+
+
+def layer_name(name: str) -> LayerName | None:
+    """Of a plain name; None for a tensor that belongs to no decoder layer."""
+    found = _LAYER.fullmatch(name)
+    return None if found is None else LayerName(int(found[1]), found[2])

@@ -1,0 +1,122 @@
+"""Products in the forms that weights are given: the same numbers as plain ones, as near as the form allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncpipe.errors import Invalid
+from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+from asyncpipe_workers.models import kernels
+from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
+from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears
+from asyncpipe_workers.models.weights import Linear, TransposedLinear
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this machine's choices are remembered, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels._remembered.cache_clear()
+    yield tmp_path / "asyncpipe" / "kernels.json"
+    kernels._remembered.cache_clear()
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("form", [PlainLinear, PackedLinear])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_float_form_gives_the_plain_product(form: type[PlainLinear], rows: int, has_bias: bool) -> None:
+    weight, bias, x = numbers(48, 32), numbers(48, seed=1) if has_bias else None, numbers(rows, 32, seed=2)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(form(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_lie_apart_are_one_product() -> None:
+    weight, bias, x = numbers(48, 32), numbers(48, seed=1), numbers(5, 32, seed=2)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(Linear((weight[:7], weight[7:]), bias)(x), expected, rtol=1e-5, atol=1e-5)
+    transposed = weight.t().contiguous()
+    torch.testing.assert_close(TransposedLinear((transposed[:9], transposed[9:]), bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_is_near_and_a_rows_result_is_its_own(has_bias: bool) -> None:
+    """An outlier in one row takes nothing from the others."""
+    weight, bias, x = numbers(96, 64), numbers(96, seed=1) if has_bias else None, numbers(9, 64, seed=2)
+    x[3] *= 1000
+    linear = Int8Linear(RowCodec().encode(weight), 64, bias)
+    found = linear(x)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert all(relative_error(found[row], expected[row]) < 0.02 for row in range(9))
+    alone = torch.cat([linear(x[row : row + 1]) for row in range(9)])
+    assert torch.equal(found, alone)
+
+
+def test_int8_of_nothing_is_the_bias() -> None:
+    bias = numbers(16)
+    linear = Int8Linear(RowCodec().encode(torch.zeros(16, 32)), 32, bias)
+    assert torch.equal(linear(torch.zeros(2, 32)), bias.expand(2, 16))
+    assert torch.isfinite(linear(numbers(2, 32))).all()
+
+
+def test_int4_multiplies_what_its_codec_would_unpack() -> None:
+    codec, weight, x = GroupCodec(64), numbers(96, 128), numbers(5, 128, seed=2)
+    packed = codec.encode(weight)
+    linear = Int4Linear(codec, packed, 128, None)
+    expected = torch.nn.functional.linear(x, codec.decode(packed, 128, dtype=torch.float32))
+    assert relative_error(linear(x), expected) < 0.01  # bfloat16
+
+
+@pytest.mark.parametrize("shape", [(90, 128), (96, 100)])
+def test_int4_of_shapes_that_its_kernel_lacks_is_computed_in_int8(shape: tuple[int, int]) -> None:
+    weight, x = numbers(*shape), numbers(5, shape[1], seed=2)
+    found = QuantizedLinears(GroupCodec(64), CPU)(weight, None)(x)
+    assert relative_error(found, torch.nn.functional.linear(x, weight)) < 0.1
+
+
+def test_quantized_products_are_for_cpus() -> None:
+    with pytest.raises(Invalid, match="on CPUs only"):
+        QuantizedLinears(RowCodec(), torch.device("cuda"))
+
+
+def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> None:
+    made: list[str] = []
+
+    class Slow(PlainLinear):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            made.append("slow")
+            return sum(super(Slow, self).__call__(x) for _ in range(50))
+
+    class Broken(PlainLinear):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("not on this processor")
+
+    forms = {"slow": Slow, "broken": Broken, "plain": PlainLinear}
+    assert quickest_form(forms, (256, 256), torch.float32) == "plain"
+    (choices,) = json.loads(cache.read_text()).values()
+    assert list(choices.values()) == ["plain"]
+    made.clear()
+    kernels._remembered.cache_clear()  # as at the next start
+    assert quickest_form(forms, (256, 256), torch.float32) == "plain"
+    assert not made
+
+
+def test_a_damaged_memory_of_choices_is_measured_anew(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text('{"a": [1]}')
+    assert quickest_form({"plain": PlainLinear}, (16, 16), torch.float32) == "plain"
+    assert "plain" in cache.read_text()
