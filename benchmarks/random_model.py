@@ -1,10 +1,14 @@
-"""A random OPT on disk: as fast as a trained one."""
+"""A random OPT or Llama on disk: as fast as a trained one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 
 def make_model(directory: Path, *, quick: bool) -> int:
@@ -37,46 +41,70 @@ class Shape(NamedTuple):
     vocab: int
 
 
+class LlamaShape(NamedTuple):
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+class _Checkpoint:
+    """Random float32 tensors, a file for each layer, so that no more than a layer is ever in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        import torch
+
+        directory.mkdir(parents=True)
+        self._directory = directory
+        self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
+        self._weight_map: dict[str, str] = {}
+        self.num_bytes = 0
+
+    def matrix(self, rows: int, columns: int) -> torch.Tensor:
+        numbers = self._numbers
+        return numbers.repeat(-(-rows * columns // len(numbers)))[: rows * columns].view(rows, columns).clone()
+
+    def save(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._weight_map.update(dict.fromkeys(tensors, file))
+        save_file(tensors, self._directory / file, metadata={"format": "pt"})
+
+    def finish(self, config: PretrainedConfig) -> None:
+        from tokenizers import Tokenizer, models
+
+        index = json.dumps({"metadata": {}, "weight_map": self._weight_map})
+        (self._directory / "model.safetensors.index.json").write_text(index)
+        config.save_pretrained(self._directory)
+        Tokenizer(models.BPE(vocab={"a": 4}, merges=[])).save(str(self._directory / "tokenizer.json"))
+
+
 def make_large_model(directory: Path, shape: Shape) -> int:
-    """A random OPT in float32, a file for each layer, so that no more than a layer is ever in memory; returns its bytes."""
+    """A random OPT in float32, with a file for each layer; returns its bytes."""
     import torch
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models
     from transformers import OPTConfig
 
-    hidden, num_bytes, weight_map = shape.hidden, 0, {}
-    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return numbers.repeat(-(-rows * columns // len(numbers)))[: rows * columns].view(rows, columns).clone()
+    hidden, checkpoint, prefix = shape.hidden, _Checkpoint(directory), "model.decoder"
 
     def norm(name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": torch.ones(hidden), f"{name}.bias": torch.zeros(hidden)}
 
     def linear(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": matrix(rows, columns), f"{name}.bias": torch.zeros(rows)}
+        return {f"{name}.weight": checkpoint.matrix(rows, columns), f"{name}.bias": torch.zeros(rows)}
 
-    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal num_bytes
-        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        weight_map.update(dict.fromkeys(tensors, file))
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-
-    directory.mkdir(parents=True)
-    prefix = "model.decoder"
-    tables = {"embed_tokens": matrix(shape.vocab, hidden), "embed_positions": matrix(2050, hidden)}
+    tables = {"embed_tokens": checkpoint.matrix(shape.vocab, hidden), "embed_positions": checkpoint.matrix(2050, hidden)}
     outer = {f"{prefix}.{name}.weight": table for name, table in tables.items()}
-    save("outer.safetensors", outer | norm(f"{prefix}.final_layer_norm"))
+    checkpoint.save("outer.safetensors", outer | norm(f"{prefix}.final_layer_norm"))
     for layer in range(shape.layers):
         name = f"{prefix}.layers.{layer}"
         tensors = norm(f"{name}.self_attn_layer_norm") | norm(f"{name}.final_layer_norm")
         for part in ("q", "k", "v", "out"):
             tensors |= linear(f"{name}.self_attn.{part}_proj", hidden, hidden)
-        save(
-            f"layer-{layer:03}.safetensors",
-            tensors | linear(f"{name}.fc1", 4 * hidden, hidden) | linear(f"{name}.fc2", hidden, 4 * hidden),
-        )
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        tensors |= linear(f"{name}.fc1", 4 * hidden, hidden) | linear(f"{name}.fc2", hidden, 4 * hidden)
+        checkpoint.save(f"layer-{layer:03}.safetensors", tensors)
     config = OPTConfig(
         architectures=["OPTForCausalLM"],
         vocab_size=shape.vocab,
@@ -88,6 +116,53 @@ def make_large_model(directory: Path, shape: Shape) -> int:
         max_position_embeddings=2048,
         dtype="float32",
     )
-    config.save_pretrained(directory)
-    Tokenizer(models.BPE(vocab={"a": 4}, merges=[])).save(str(directory / "tokenizer.json"))
-    return num_bytes
+    checkpoint.finish(config)
+    return checkpoint.num_bytes
+
+
+def make_large_llama(directory: Path, shape: LlamaShape) -> int:
+    """A random Llama in float32, with a file for each layer and a head of its own; returns its bytes."""
+    import torch
+    from transformers import LlamaConfig
+
+    hidden, checkpoint = shape.hidden, _Checkpoint(directory)
+    kv_size = shape.kv_heads * (hidden // shape.heads)
+    checkpoint.save(
+        "outer.safetensors",
+        {
+            "model.embed_tokens.weight": checkpoint.matrix(shape.vocab, hidden),
+            "model.norm.weight": torch.ones(hidden),
+            "lm_head.weight": checkpoint.matrix(shape.vocab, hidden),
+        },
+    )
+    sizes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (shape.intermediate, hidden),
+        "mlp.up_proj": (shape.intermediate, hidden),
+        "mlp.down_proj": (hidden, shape.intermediate),
+    }
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        tensors = {f"{prefix}.{name}.weight": checkpoint.matrix(*size) for name, size in sizes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden)
+        checkpoint.save(f"layer-{layer:03}.safetensors", tensors)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=shape.vocab,
+        hidden_size=hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    checkpoint.finish(config)
+    return checkpoint.num_bytes
