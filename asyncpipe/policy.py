@@ -17,7 +17,8 @@ from asyncpipe.errors import Invalid
 MAX_BATCHES = 4096
 GROUP_HEADER_BYTES = 4  # a scale and a minimum, in half precision
 ROW_HEADER_BYTES = 4  # of a row in 8 bits: a scale in float32
-EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
+EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight", "wte.weight", "wpe.weight", "lm_head.weight")
+ROUTERS = ("mlp.gate.weight", "block_sparse_moe.gate.weight")  # small, and a wrong choice of an expert costs most
 
 
 class Placement(enum.StrEnum):
@@ -73,7 +74,7 @@ QUANTIZE_FORMS = {"int8": Compression(num_bits=8), "int4": Compression(num_bits=
 def is_compressible(name: str, shape: tuple[int, ...]) -> bool:
     """Matrices of layers and projections. Embeddings and the head are looked up or compared row by row, and worth their bits:
     packing them too doubles what 4 bits cost in perplexity."""
-    return len(shape) > 1 and name.endswith(".weight") and not name.endswith(EMBEDDINGS)
+    return len(shape) > 1 and name.endswith(".weight") and not name.endswith(EMBEDDINGS + ROUTERS)
 
 
 @dataclass(frozen=True, slots=True)

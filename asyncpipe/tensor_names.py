@@ -1,4 +1,4 @@
-"""What the names of a checkpoint's tensors say: the same tensor has them in front of a bare decoder and of a multimodal model."""
+"""What the names of a checkpoint's tensors say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ATTENTION_STARTS = ("self_attn", "attn", "input_layernorm", "ln_1")
 class LayerName(NamedTuple):
     """`rest` is the name within the decoder layer: "self_attn.q_proj.weight"."""
 
-    index: int
+    layer: int
     rest: str
 
     @property

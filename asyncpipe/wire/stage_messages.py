@@ -217,6 +217,7 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     dummy_weights: bool = False  # random ones instead of the checkpoint's
     dtype: Name  # float32, bfloat16, float16
     quantize: Name = ""  # int8, int4: the form in which matrices are multiplied; empty: in `dtype`
+    model_impl: Name = "auto"  # native: our own code; transformers: its; auto: ours where there is any
     max_context_len: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
     max_sequences: Annotated[int, Meta(ge=1, le=2**20)]  # in all micro-batches together
     eos_token_ids: StepTokenIds = ()

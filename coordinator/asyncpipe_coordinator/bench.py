@@ -137,7 +137,7 @@ def _report(plan: Plan, found: Run, model: ModelInfo) -> Report:
         workload=plan.workload,
         metrics=metrics,
         arrivals_s=found.arrivals_s,
-        sizes=flexllmgen_sizes(model.config, plan.workload),
+        sizes=flexllmgen_sizes(model.shape, plan.workload),
         pipeline=pipeline_use(found.before, found.after),
         stages=stage_uses(found.before, found.after, wall_s=metrics.wall_s),
         breakdown=breakdown,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from asyncpipe.model_shape import ModelShape
 from asyncpipe.wire.messages import Moved, StageStatus, Status, TransferReport
 
 NUM_FIRST_STEPS = 2  # that are not typical, and count as measured
@@ -190,9 +191,9 @@ class Sizes(NamedTuple):
     hidden: int
 
 
-def flexllmgen_sizes(config: dict[str, Any], workload: Workload) -> Sizes:
-    """Of an OPT of this configuration, and of the keys and values, and hidden states, of all prompts."""
-    layers, h, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
+def flexllmgen_sizes(model: ModelShape, workload: Workload) -> Sizes:
+    """Of an OPT of this shape, and of the keys and values, and hidden states, of all prompts."""
+    layers, h, vocab = model.num_layers, model.hidden_size, model.vocab_size
     layer = h * (3 * h + 1) + h * (h + 1) + h * (4 * h + 1) + 4 * h * (h + 1) + 4 * h
     tokens = workload.num_prompts * (workload.prompt_len + workload.gen_len)
     return Sizes(model=2 * (layers * layer + vocab * (h + 1)), cache=4 * tokens * layers * h, hidden=2 * tokens * h)

@@ -38,8 +38,8 @@ def kv_bytes_of_stages(
 
     As workers count it: in whole blocks, a head's tokens of a block in whole pages, and as if it were not compressed.
     """
-    heads: int = model.config["num_attention_heads"]
-    head_bytes = rounded_up(block_tokens * (model.hidden_size // heads) * DTYPE_BYTES[dtype], mmap.PAGESIZE)
+    heads, size = model.shape.num_kv_heads, model.shape.head_size
+    head_bytes = rounded_up(block_tokens * size * DTYPE_BYTES[dtype], mmap.PAGESIZE)
     num_blocks = workload.num_prompts * -(-(workload.prompt_len + workload.num_generated) // block_tokens)
     return tuple(2 * (last - first) * heads * head_bytes * num_blocks for first, last in layers)
 
@@ -53,7 +53,7 @@ def needed(config: ServiceConfig, model: ModelInfo, workload: Workload, layers: 
         policy = config.policy_of(stage)
         demand = stage_demand(
             shapes=shapes,
-            config=model.config,
+            model=model.shape,
             layers=own,
             dtype_bytes=DTYPE_BYTES[dtype],
             stored_dtype_bytes=DTYPE_BYTES[dtype if config.dummy_weights else model.dtype],
@@ -63,7 +63,7 @@ def needed(config: ServiceConfig, model: ModelInfo, workload: Workload, layers: 
             kv_block_tokens=config.kv_block_tokens,
         )
         weights = demand.weights if policy.moves_weights else demand.resident_weights
-        cache = num_tokens * (own.last - own.first) * kv_token_bytes(model.config, DTYPE_BYTES[dtype], policy)
+        cache = num_tokens * (own.last - own.first) * kv_token_bytes(model.shape, DTYPE_BYTES[dtype], policy)
         on_cpu = not config.device_of(stage).startswith("cuda")
         total = Needed(
             memory=total.memory + _in_memory(weights, policy.weights, on_cpu) + _in_memory(cache, policy.cache, on_cpu),

@@ -161,6 +161,7 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="FILE",
         help='one prompt a line (.jsonl: a JSON string or {"prompt": …} a line; -: standard input); may be repeated',
     )
+    parser.option("--chat", action="store_true", help="prompts are messages, in the checkpoint's chat template; show answers")
     add_sampling_options(parser)
     parser.option("--timeout", type=float, default=3600.0, metavar="S", help="seconds for one prompt (default: 3600)")
     parser.option("--json", action="store_true", help="one JSON object a prompt on stdout, the summary on stderr")

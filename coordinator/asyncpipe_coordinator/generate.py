@@ -22,7 +22,7 @@ from asyncpipe.wire.messages import Status
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.json_results import choice_object, logprobs_objects, usage_object
 from asyncpipe_coordinator.options import sampling_options
-from asyncpipe_coordinator.prompts import collect_prompts
+from asyncpipe_coordinator.prompts import Prompt, chat_prompts, collect_prompts, plain_prompts
 from asyncpipe_coordinator.service import Service
 from asyncpipe_coordinator.summary import Tally, summarize, summary_lines
 
@@ -52,7 +52,8 @@ class Run:
 
 async def generate(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     """Returns the exit status: 0, or 1 when a request failed."""
-    prompts = collect_prompts(arguments.prompt or [], arguments.prompt_file or [])
+    texts = collect_prompts(arguments.prompt or [], arguments.prompt_file or [])
+    prompts = chat_prompts(texts, config.checkpoint) if arguments.chat else plain_prompts(texts)
     options = sampling_options(arguments)
     make_sampling(options)
     async with (
@@ -81,7 +82,9 @@ async def open_service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[S
             yield service
 
 
-async def _generate_all(client: Client, prompts: Sequence[str], options: SamplingOptions, arguments: argparse.Namespace) -> Run:
+async def _generate_all(
+    client: Client, prompts: Sequence[Prompt], options: SamplingOptions, arguments: argparse.Namespace
+) -> Run:
     run = Run(outcomes=[None] * len(prompts))
     printer = _Printer(run, prompts, num_choices=arguments.n, as_json=arguments.json, quiet=arguments.quiet)
     room = asyncio.Semaphore(MAX_IN_FLIGHT)
@@ -89,7 +92,7 @@ async def _generate_all(client: Client, prompts: Sequence[str], options: Samplin
     async def one(index: int) -> None:
         async with room:
             run.outcomes[index] = await _attempt(
-                client.stream(prompts[index], timeout_s=arguments.timeout, **options), show=printer.shower(index)
+                client.stream(prompts[index].sent, timeout_s=arguments.timeout, **options), show=printer.shower(index)
             )
         printer.finished()
 
@@ -115,7 +118,7 @@ async def _attempt(stream: TextStream, *, show: Callable[[str], None]) -> Outcom
 class _Printer:
     """Prints finished outcomes in the order of the prompts, with a bar on standard error when there are several."""
 
-    def __init__(self, run: Run, prompts: Sequence[str], *, num_choices: int, as_json: bool, quiet: bool) -> None:
+    def __init__(self, run: Run, prompts: Sequence[Prompt], *, num_choices: int, as_json: bool, quiet: bool) -> None:
         self._prints_whole = as_json or len(prompts) > 1 or num_choices > 1
         self._run = run
         self._prompts = prompts
@@ -134,7 +137,7 @@ class _Printer:
         """Shows text as it comes when there is just one prompt; several are printed whole, in order."""
         if self._prints_whole:
             return lambda _: None
-        pending = [self._prompts[index]]
+        pending = [self._prompts[index].shown]
 
         def show(text: str) -> None:
             sys.stdout.write("".join([*pending, text]))
@@ -152,16 +155,16 @@ class _Printer:
     def close(self) -> None:
         self._bar.close()
 
-    def _print(self, prompt: str, outcome: Outcome) -> None:
+    def _print(self, prompt: Prompt, outcome: Outcome) -> None:
         if self._as_json:
-            line = msgspec.json.encode(as_json_object(self._next, prompt, outcome)).decode()
+            line = msgspec.json.encode(as_json_object(self._next, prompt.text, outcome)).decode()
         elif isinstance(outcome, AsyncPipeError):
             print(f"asyncpipe-coordinator: error: {outcome}", file=sys.stderr)
             return
         elif not self._prints_whole:
             line = ""  # it was streamed; this ends its line
         else:
-            texts = "\n---\n".join(prompt + choice.text for choice in outcome.choices)
+            texts = "\n---\n".join(prompt.shown + choice.text for choice in outcome.choices)
             line = f"=== prompt {self._next + 1} of {len(self._prompts)}\n{texts}\n"
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()

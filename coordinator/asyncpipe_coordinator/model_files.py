@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_shape import ModelShape, model_fields
 from asyncpipe_coordinator.known_models import known_config, known_names
 from asyncpipe_coordinator.tensor_files import NUMPY_EMBEDDING, check_tensors
-from asyncpipe_coordinator.tensor_shapes import SUPPORTED, expected_shapes
+from asyncpipe_coordinator.tensor_shapes import expected_shapes, find_architecture, model_shape
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
 HUB_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -29,13 +30,26 @@ class ModelInfo:
 
     path: Path
     architecture: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_context_len: int
+    shape: ModelShape
     eos_token_ids: frozenset[int]
     dtype: str
     config: dict[str, Any]  # config.json as it is
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.shape.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
+
+    @property
+    def max_context_len(self) -> int:
+        return self.shape.max_context_len
 
 
 def resolve_model(name: str | None, *, dummy: bool = False, weights: str | None = None) -> Path:
@@ -108,22 +122,19 @@ def inspect_model(path: Path, *, dummy: bool = False) -> ModelInfo:
     Raises Invalid with what is wrong and where.
     """
     config = _find_config(path, dummy=dummy)
-    architecture = _architecture(path, config)
+    architecture, fields = find_architecture(path, config), model_fields(config)
     shapes = expected_shapes(path, config)
     if not dummy:
         check_tensors(path, shapes)
     generation_path = path / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = generation.get("eos_token_id", config.get("eos_token_id", fields.get("eos_token_id")))
     return ModelInfo(
         path=path,
         architecture=architecture,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        vocab_size=config["vocab_size"],
-        max_context_len=config["max_position_embeddings"],
+        shape=model_shape(path, config),
         eos_token_ids=frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,)),
-        dtype=_dtype(config),
+        dtype=_dtype(fields),
         config=config,
     )
 
@@ -153,18 +164,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _architecture(path: Path, config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
-    for name in names:
-        if name in SUPPORTED:
-            return str(name)
-    found = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
-    raise Invalid(f"{path}: {found} is not supported; supported: {', '.join(SUPPORTED)}")
-
-
-def _dtype(config: dict[str, Any]) -> str:
+def _dtype(fields: dict[str, Any]) -> str:
     """Newer configurations say `dtype`, older ones `torch_dtype`."""
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 

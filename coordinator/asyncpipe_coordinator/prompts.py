@@ -5,12 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from asyncpipe.errors import Invalid
+from asyncpipe_coordinator.chat import ChatTemplate
+from asyncpipe_coordinator.text import TextCodec
 
 MAX_PROMPT_FILE_BYTES = 1 << 30
+
+
+class Prompt(NamedTuple):
+    """What the user has written, what is sent for it, and what is shown before the answer."""
+
+    text: str
+    sent: str | tuple[int, ...]
+    shown: str
+
+
+def plain_prompts(texts: Sequence[str]) -> list[Prompt]:
+    """Each is continued as it is."""
+    return [Prompt(text, text, text) for text in texts]
+
+
+def chat_prompts(texts: Sequence[str], checkpoint: Path) -> list[Prompt]:
+    """Each is a user's message in a conversation of its own. Raises Invalid when the checkpoint has no chat template."""
+    template, codec = ChatTemplate.load(checkpoint), TextCodec.load(checkpoint)
+    rendered = [template.render([{"role": "user", "content": text}]) for text in texts]
+    return [Prompt(text, codec.encode_rendered(each), "") for text, each in zip(texts, rendered, strict=True)]
 
 
 def collect_prompts(given: Sequence[str], files: Sequence[str]) -> list[str]:

@@ -201,12 +201,8 @@ def model_of(config: ServiceConfig) -> ModelInfo:
     if simulation is None:
         return model
     own_layers = config.num_stages if config.checkpoint == BUNDLED_MODEL else model.num_layers
-    return replace(
-        model,
-        num_layers=simulation.layers or own_layers,
-        max_context_len=simulation.context,
-        eos_token_ids=frozenset(),
-    )
+    shape = replace(model.shape, num_layers=simulation.layers or own_layers, max_context_len=simulation.context)
+    return replace(model, shape=shape, eos_token_ids=frozenset())
 
 
 def dtype_of(config: ServiceConfig, model: ModelInfo) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy.lib.format as npy
 
 from asyncpipe.errors import Invalid
+from asyncpipe.tensor_names import plain_name
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
@@ -64,7 +65,7 @@ def _check_shape(path: Path, name: str, expected: tuple[int, ...], found: Shapes
 
 
 def _read_headers(files: list[Path]) -> Shapes:
-    return {_plain(name): shape for file in files for name, shape in read_header(file).items()}
+    return {plain_name(name): shape for file in files for name, shape in read_header(file).items()}
 
 
 def _numpy_shape(path: Path, name: str) -> tuple[int, ...] | None:
@@ -127,10 +128,6 @@ def _indexed_files(path: Path) -> list[Path]:
         if Path(name).name != name or not (path / name).is_file():
             raise Invalid(f"{path / INDEX} names {name}, which is not there; {AGAIN}")
     return [path / name for name in names]
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("model.")
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -2,63 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_shape import ModelShape, model_fields
+from asyncpipe_coordinator import family_shapes as family
+from asyncpipe_coordinator.family_shapes import Fields, Shapes
 
-Shapes = dict[str, tuple[int, ...]]
-
-SUPPORTED = ("OPTForCausalLM",)
-OPT_POSITION_OFFSET = 2  # OPT's learned positions start at row 2
-
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings")
+__all__ = ["SUPPORTED", "Shapes", "expected_shapes", "find_architecture", "model_shape"]
 
 
-def expected_shapes(path: Path, config: dict[str, Any]) -> Shapes:
-    """Names as under OPT's `model.`: "decoder.layers.0.fc1.weight". Raises Invalid for a configuration that cannot be."""
-    for name in _SIZES:
-        if not isinstance(config.get(name), int) or not 0 < config[name] < 2**31:
-            raise Invalid(f"{path / 'config.json'}: {name} is {config.get(name)!r}; it must be a positive number")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if hidden % heads:
-        raise Invalid(f"{path / 'config.json'}: hidden_size {hidden} cannot be divided among {heads} heads")
-    shapes = _outer_shapes(config)
-    for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()}
+class _Family(NamedTuple):
+    """`layer` is asked for each layer, whose names begin with `prefix` and its number."""
+
+    layer: Callable[[Fields, ModelShape, int], Shapes]
+    outer: Callable[[Fields, ModelShape], Shapes] = family.decoder_outer
+    prefix: str = "layers"
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "OPTForCausalLM": _Family(family.opt_layer, family.opt_outer, "decoder.layers"),
+    "GPT2LMHeadModel": _Family(family.gpt2_layer, family.gpt2_outer, "h"),
+    "LlamaForCausalLM": _Family(family.llama_layer),
+    "MistralForCausalLM": _Family(family.mistral_layer),
+    "Qwen2ForCausalLM": _Family(family.qwen2_layer),
+    "Qwen3ForCausalLM": _Family(family.qwen3_layer),
+    "Phi3ForCausalLM": _Family(family.phi3_layer),
+    "Gemma2ForCausalLM": _Family(family.gemma2_layer),
+    "Gemma3ForCausalLM": _Family(family.gemma3_layer),
+    "Gemma3ForConditionalGeneration": _Family(family.gemma3_layer),
+    "MixtralForCausalLM": _Family(family.mixtral_layer),
+    "Qwen3MoeForCausalLM": _Family(family.qwen3_moe_layer),
+}
+SUPPORTED = tuple(_FAMILIES)
+
+
+def find_architecture(path: Path, config: Mapping[str, Any]) -> str:
+    """Raises Invalid for one that is not supported, and for quantized weights."""
+    names = config.get("architectures") or []
+    found = next((str(name) for name in names if name in _FAMILIES), None)
+    if found is None:
+        described = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
+        raise Invalid(f"{path}: {described} is not supported; supported: {', '.join(SUPPORTED)}")
+    quantization = model_fields(config).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise Invalid(
+            f"{path} is quantized with {method or 'an unknown method'}, which is not supported yet; use the original"
+            " checkpoint, or convert --compress-weight"
+        )
+    return found
+
+
+def model_shape(path: Path, config: Mapping[str, Any]) -> ModelShape:
+    """Raises Invalid for a configuration that cannot be."""
+    return ModelShape.from_fields(model_fields(config), where=str(path / "config.json"))
+
+
+def expected_shapes(path: Path, config: Mapping[str, Any]) -> Shapes:
+    """By plain names: "decoder.layers.0.fc1.weight" of an OPT. Raises Invalid for a configuration that cannot be."""
+    found, fields, shape = _FAMILIES[find_architecture(path, config)], model_fields(config), model_shape(path, config)
+    shapes = found.outer(fields, shape)
+    for layer in range(shape.num_layers):
+        shapes |= {f"{found.prefix}.{layer}.{name}": size for name, size in found.layer(fields, shape, layer).items()}
     return shapes
-
-
-def _outer_shapes(config: dict[str, Any]) -> Shapes:
-    vocab, hidden = config["vocab_size"], config["hidden_size"]
-    embedding = config.get("word_embed_proj_dim", hidden)
-    positions = config["max_position_embeddings"] + OPT_POSITION_OFFSET
-    shapes: Shapes = {
-        "decoder.embed_tokens.weight": (vocab, embedding),
-        "decoder.embed_positions.weight": (positions, hidden),
-    }
-    if embedding != hidden:
-        shapes["decoder.project_in.weight"] = (hidden, embedding)
-        shapes["decoder.project_out.weight"] = (embedding, hidden)
-    if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False):
-        shapes |= _norm_shapes(config, "decoder.final_layer_norm")
-    if not config.get("tie_word_embeddings", True):
-        shapes["lm_head.weight"] = (vocab, embedding)
-    return shapes
-
-
-def _layer_shapes(config: dict[str, Any]) -> Shapes:
-    hidden, ffn = config["hidden_size"], config["ffn_dim"]
-    matrices = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-    matrices |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
-    shapes: Shapes = {f"{name}.weight": shape for name, shape in matrices.items()}
-    if config.get("enable_bias", True):
-        shapes |= {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
-    return shapes | _norm_shapes(config, "self_attn_layer_norm") | _norm_shapes(config, "final_layer_norm")
-
-
-def _norm_shapes(config: dict[str, Any], name: str) -> Shapes:
-    if not config.get("layer_norm_elementwise_affine", True):
-        return {}
-    hidden = config["hidden_size"]
-    return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}

@@ -56,6 +56,10 @@ class TextCodec:
             raise Invalid("the prompt is empty: give at least one character")
         return tuple(self._tokenizer.encode(text).ids)
 
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Of a text that has its special tokens in it: none are added."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 

@@ -216,3 +216,14 @@ def test_imports_stay_light(code: str) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_chat_wraps_prompts_in_the_checkpoints_template_and_shows_the_answer(checkpoint: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(checkpoint, tmp_path / "chat")
+    flags = ("--max-new-tokens", 5, "--quiet")
+    assert_one_clear_line(coordinator("generate", path, "--chat", "--prompt", "to be"), "has no chat template")
+    (path / "chat_template.jinja").write_text("</s>{{ messages[0].content }} or")
+    answer = coordinator("generate", path, "--chat", "--prompt", "to be", *flags)
+    plain = coordinator("generate", path, "--prompt", "to be or", *flags)
+    assert answer.returncode == plain.returncode == 0, answer.stderr
+    assert "to be or" + answer.stdout == plain.stdout

@@ -352,6 +352,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             policy=POLICY,
             offload_dir="/tmp/offload",
             quantize="int8",
+            model_impl="native",
         ),
         {
             "epoch": 1,
@@ -373,6 +374,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "policy": PLAIN_POLICY,
             "offload_dir": "/tmp/offload",
             "quantize": "int8",
+            "model_impl": "native",
         },
     ),
     (m.Ready(stage=1), {"stage": 1}),

@@ -19,7 +19,7 @@ from asyncpipe_coordinator.model_files import inspect_model
 from asyncpipe_coordinator.planner.demand import StageDemand, stage_demand
 from asyncpipe_coordinator.planner.derive import Budget, derive_policy, least_device_bytes
 from asyncpipe_coordinator.planner.stages import with_derived_policies
-from asyncpipe_coordinator.tensor_shapes import expected_shapes
+from asyncpipe_coordinator.tensor_shapes import expected_shapes, model_shape
 
 GIB = 2**30
 MODELS = ("opt-125m", "opt-350m", "opt-6.7b", "opt-30b", "opt-175b", "galactica-6.7b")
@@ -46,7 +46,7 @@ def demand_of(name: str, policy: Policy, *, layers: LayerRange | None = None, **
     settings |= {"dtype_bytes": 2, "stored_dtype_bytes": 2}
     return stage_demand(
         shapes=expected_shapes(Path(name), config),
-        config=config,
+        model=model_shape(Path(name), config),
         layers=layers or LayerRange(0, config["num_hidden_layers"]),
         policy=policy,
         **(settings | others),

@@ -36,6 +36,7 @@ from asyncpipe_coordinator.core import events
 from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.known_models import known_config
 from asyncpipe_coordinator.policy_options import chosen_policy
+from asyncpipe_coordinator.tensor_shapes import model_shape
 from tests.unit.test_core import answer, machine, steps, submitted
 
 GIB = 2**30
@@ -104,7 +105,7 @@ def test_projected_figures_stand_beside_the_measured_ones() -> None:
 def test_sizes_are_by_flexllmgens_formulas(size: str, model_gib: float, cache_kib: int) -> None:
     config = known_config(f"opt-{size}")
     assert config is not None
-    sizes = flexllmgen_sizes(config, Workload(num_prompts=3, prompt_len=512, gen_len=32))
+    sizes = flexllmgen_sizes(model_shape(Path(), config), Workload(num_prompts=3, prompt_len=512, gen_len=32))
     assert sizes.model / GIB == pytest.approx(model_gib, abs=0.001)
     assert sizes.cache == 3 * 544 * cache_kib * 1024
     assert sizes.hidden == 2 * 3 * 544 * config["hidden_size"]

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from asyncpipe.errors import Invalid
+from asyncpipe_workers.attention import group_rows
+from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.kv import PAGE_BYTES, ArenaKV, KeysValues, KVCache, KVShape, PagedKV, make_kv_cache
 
 MakeCache = Callable[[KVShape, int], KVCache]
@@ -122,7 +124,9 @@ class Model:
     def write_rows(self, layer: int, positions: dict[int, int]) -> None:
         """`positions` by slot."""
         kv_BHK = random_kv(self.shape, len(positions), self._generator)
-        self.cache.write_rows(layer, torch.tensor([*positions]), torch.tensor([*positions.values()]), kv_BHK)
+        rows = [Row(slot, position + 1) for slot, position in positions.items()]
+        for group in group_rows(rows, None, self.shape.max_context_len, torch.device("cpu")):
+            self.cache.write_rows(layer, group, KeysValues(*(part_BHK[group.rows] for part_BHK in kv_BHK)))
         for row, (slot, position) in enumerate(positions.items()):
             for kept_CHK, part_BHK in zip(self._kept[layer, slot], kv_BHK, strict=True):
                 kept_CHK[position] = part_BHK[row]
@@ -423,6 +427,8 @@ def test_what_a_long_sequence_leaves_to_a_short_one_goes_to_others(head_size: in
 
 HUGE = """
 import random, torch
+from asyncpipe_workers.attention import group_rows
+from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.kv import ArenaKV, KeysValues, KVShape
 
 def resident_bytes():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from asyncpipe.errors import Invalid
+from asyncpipe_coordinator.cli import build_parser
 from asyncpipe_coordinator.model_files import BUNDLED_MODEL, inspect_model, resolve_model
+from asyncpipe_coordinator.options import sampling_options
 from tests.checkpoints import SHAPES, make_opt
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -79,3 +82,28 @@ def test_a_file_in_place_of_a_directory_is_explained(tmp_path: Path) -> None:
     shutil.rmtree(path)
     with pytest.raises(Invalid, match="no directory"):
         inspect_model(path)
+
+
+def options(path: Path, *flags: str) -> dict[str, object]:
+    arguments = build_parser().parse_args(["generate", str(path), *flags])
+    found = sampling_options(arguments, path)
+    return {name: found.get(name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        (None, [], (0.0, 0, 1.0, 1.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, [], (0.0, 0, 1.0, 1.0)),
+        ({"do_sample": True}, [], (1.0, 50, 1.0, 1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}, [], (0.6, 20, 0.9, 1.0)),
+        ({"do_sample": True, "repetition_penalty": 1.05, "top_k": None}, ["--top-k", "7"], (1.0, 7, 1.0, 1.05)),
+        ({"do_sample": True, "temperature": 0.6}, ["--temperature", "0"], (0.0, 50, 1.0, 1.0)),
+    ],
+)
+def test_sampling_is_as_the_checkpoint_says_unless_a_flag_says_otherwise(
+    config: dict[str, object] | None, flags: list[str], expected: tuple[float, ...], tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert tuple(options(tmp_path, *flags).values()) == expected

@@ -51,8 +51,8 @@ class ReadableCache(Protocol):
 
     most_padding: int  # tokens that may be read in vain for each row, if that lets sequences be attended to together
 
-    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BGK: KeysValues) -> None:
-        """One token of each of B sequences."""
+    def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
+        """The new token of each of the group's sequences."""
         ...
 
     def write_span(self, layer: int, slot: int, start: int, kv_TGK: KeysValues) -> None:
@@ -68,9 +68,8 @@ def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form:
     """(T, H, K). The rows' keys and values are written to `cache`."""
     out_THK = torch.empty_like(qkv.q_THK)
     if layout.rows:
-        num = len(layout.rows)
-        cache.write_rows(layer, layout.slots_B, layout.places_B, KeysValues(qkv.k_TGK[:num], qkv.v_TGK[:num]))
         for group in groups_of(layout, form.window, cache.most_padding):
+            cache.write_rows(layer, group, KeysValues(qkv.k_TGK[group.rows], qkv.v_TGK[group.rows]))
             keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
             out_THK[group.rows] = attend_rows(qkv.q_THK[group.rows], keys, values, group.mask_N11C, form.softcap)
     for span in layout.spans:
@@ -154,11 +153,12 @@ def groups_of(layout: StepLayout, window: int | None, most_padding: int) -> list
     """The step's continuing rows, together where their slots are neighbours and their lengths alike; found once in a step."""
     groups = layout.groups.get(window)
     if groups is None:
-        groups = layout.groups[window] = _grouped(layout.rows, window, most_padding, layout.slots_B.device)
+        groups = layout.groups[window] = group_rows(layout.rows, window, most_padding, layout.slots_B.device)
     return groups
 
 
-def _grouped(rows: Sequence[Row], window: int | None, most_padding: int, device: torch.device) -> list[RowGroup]:
+def group_rows(rows: Sequence[Row], window: int | None, most_padding: int, device: torch.device) -> list[RowGroup]:
+    """As `groups_of`, of any rows."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].slot)
     runs: list[list[int]] = []
     longest = total = 0
@@ -188,4 +188,5 @@ def _row_group(run: Sequence[int], rows: Sequence[Row], window: int | None, devi
         mask = torch.zeros(is_seen_NC.shape, device=device).masked_fill_(~is_seen_NC, -math.inf)[:, None, None]
     is_sorted = all(after == before + 1 for before, after in itertools.pairwise(run))
     members: slice | torch.Tensor = slice(run[0], run[-1] + 1) if is_sorted else torch.tensor(run, device=device)
-    return RowGroup(members, rows[run[0]].slot, len(run), places, mask)
+    newest = tuple(length - 1 for length in lengths)
+    return RowGroup(members, rows[run[0]].slot, len(run), places, newest, mask)

@@ -89,10 +89,12 @@ class StageSequences:
     ) -> StepLayout:
         token_ids, places = list(delta.token_ids), [row.length - 1 for row in rows]
         positions = list(places)
+        prompt_lens = [member.sampler.num_prompt for member in sampled[: len(rows)]]
         for span in spans:
             end = span.position + span.end - span.start
             positions += range(span.position, end)
             token_ids += span.member.sampler.token_ids[span.position : end]
+            prompt_lens += [span.member.sampler.num_prompt] * (end - span.position)
         return StepLayout(
             token_ids=token_ids + [0] * delta.padding,
             positions_T=self._indices(positions + [0] * delta.padding),
@@ -103,6 +105,7 @@ class StageSequences:
             padding=delta.padding,
             sampled=sampled,
             sampled_rows=self._indices(sampled_rows),
+            prompt_lens=prompt_lens + [0] * delta.padding,
         )
 
     def _indices(self, values: list[int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression
+from asyncpipe.tensor_names import plain_name
 from asyncpipe_workers.checkpoint_files import AGAIN, FileRange, TensorFile, open_tensor_file
 from asyncpipe_workers.manifest import QUANTIZED_SUFFIXES, check_sizes, load_manifest
 from asyncpipe_workers.numpy_weights import NumpyFile, is_numpy_directory, numpy_tensor_names
@@ -23,7 +24,6 @@ __all__ = ["Checkpoint", "FileRange", "TensorInfo", "read_config"]
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
-PREFIX = "model."  # causal language models put it before the decoder's names, bare decoders do not
 
 
 class TensorInfo(NamedTuple):
@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 class Checkpoint:
     """Use in `with`. Opens only the files that hold a tensor that is asked for.
 
-    Names are without "model.". A tensor that is stored compressed has the name `<name>.q4` or `<name>.q8`.
+    Names are plain ones, without "model." and its like. A tensor that is stored compressed is called `<name>.q4` or `.q8`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Checkpoint:
             check_sizes(path, manifest)
         self._quantization = None if manifest is None else manifest.quantization
         self._is_numpy = False
-        self._places = {place.stored_name.removeprefix(PREFIX): place for place in self._find_tensors()}
+        self._places = {plain_name(place.stored_name): place for place in self._find_tensors()}
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +74,7 @@ class Checkpoint:
         return frozenset(place.file for place in self._places.values())
 
     def stored_name(self, name: str) -> str:
-        """With "model." where a Hugging Face checkpoint has it."""
+        """With "model." or its like where the checkpoint has it."""
         return self._place(name).stored_name
 
     def describe(self, name: str) -> TensorInfo:
@@ -102,7 +102,7 @@ class Checkpoint:
         return tensor
 
     def _place(self, name: str) -> _Place:
-        plain = name.removeprefix(PREFIX)
+        plain = plain_name(name)
         if place := self._places.get(plain):
             return place
         for suffix in QUANTIZED_SUFFIXES:

@@ -7,7 +7,6 @@ together: the attention's tensors before the feed-forward's, in each part matric
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_shape import model_fields
 from asyncpipe.policy import Compression, is_compressible
+from asyncpipe.tensor_names import layer_name
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
@@ -27,9 +28,9 @@ FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 OUTER_FILE = "outer.safetensors"
 HEAD = "lm_head.weight"
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.(.+)$")
-_ATTENTION_STARTS = ("self_attn", "attn", "attention", "input_layernorm")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+_QKV = ("qkv_proj", "c_attn", "q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
+_FEED_FORWARD = ("gate", "gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2", "fc1", "c_fc", "fc2", "c_proj")
+_PROJECTIONS = (*_QKV, *_FEED_FORWARD)  # in the order of their use
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,7 @@ def make_plan(checkpoint: Checkpoint, config: dict[str, Any], *, dtype: str, com
 
 def _copies(config: dict[str, Any]) -> frozenset[str]:
     """A tied head is the embedding; some formats store it twice."""
-    is_tied = config.get("tie_word_embeddings", config.get("model_type") == "opt")
-    return frozenset([HEAD]) if is_tied else frozenset()
+    return frozenset([HEAD]) if model_fields(config).get("tie_word_embeddings", False) else frozenset()
 
 
 def _most_common_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> str:
@@ -106,8 +106,8 @@ def _most_common_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> str:
 
 
 def _file_of(name: str) -> str:
-    found = _LAYER.search(name)
-    return OUTER_FILE if found is None else f"layer-{int(found[1]):05d}.safetensors"
+    found = layer_name(name)
+    return OUTER_FILE if found is None else f"layer-{found.layer:05d}.safetensors"
 
 
 def _plan_file(file: str, tensors: list[PlannedTensor]) -> PlannedFile:
@@ -116,18 +116,24 @@ def _plan_file(file: str, tensors: list[PlannedTensor]) -> PlannedFile:
 
 
 def _order(tensor: PlannedTensor) -> tuple[Any, ...]:
-    found = _LAYER.search(tensor.source_name)
+    found = layer_name(tensor.source_name)
     if found is None:
         return (tensor.source_name,)
-    parts = found[2].split(".")
+    parts = found.rest.split(".")
     return (
-        not parts[0].startswith(_ATTENTION_STARTS),
+        not found.is_attention,
+        _expert(parts),
         len(tensor.source_shape) < 2,
         next((rank for rank, name in enumerate(_PROJECTIONS) if name in parts), len(_PROJECTIONS)),
         parts[:-1],
         parts[-1] != "weight",
         parts[-1],
     )
+
+
+def _expert(parts: list[str]) -> int:
+    """An expert's number; those of the router and the rest come first."""
+    return next((int(part) for part in parts if part.isdecimal()), -1)
 
 
 def _plan_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, compression: Compression | None) -> PlannedTensor:

@@ -6,9 +6,9 @@ the coordinator asks for rows of padding to show what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,7 @@ class RowGroup(NamedTuple):
     first_slot: int
     num: int
     places: slice
+    newest: tuple[int, ...]  # of each: where its new token goes
     mask_N11C: torch.Tensor | None  # to be added to scores: -inf for what a row does not see; None: each sees all
 
 
@@ -65,19 +66,21 @@ class StepLayout:
     sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
     sampled_rows: torch.Tensor | None = None  # of each
     groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
+    prompt_lens: list[int] = field(default_factory=list)  # T; of each row's sequence
+    rotations: dict[Any, Any] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def batches(self, num_sequences: int) -> Iterator[Batch]:
-        """Parts of at most `num_sequences` sequences, one after the other."""
-        if len(self.rows) + len(self.spans) <= num_sequences:
+    def batches(self, num_sequences: int, num_rows: int) -> Iterator[Batch]:
+        """Parts of at most `num_sequences` sequences, and of `num_rows` rows where one sequence has not more, one after the
+        other."""
+        if len(self.rows) + len(self.spans) <= num_sequences and len(self) <= num_rows:
             yield Batch(self, slice(0, len(self)))
             return
         for first in range(0, len(self.rows), num_sequences):
             yield self._batch(slice(first, min(first + num_sequences, len(self.rows))), [])
-        for first in range(0, len(self.spans), num_sequences):
-            spans = self.spans[first : first + num_sequences]
+        for spans in _together(self.spans, num_sequences, num_rows):
             yield self._batch(slice(spans[0].start, spans[-1].end), spans)
         if self.padding:
             yield self._batch(slice(len(self) - self.padding, len(self)), [], padding=self.padding)
@@ -93,8 +96,20 @@ class StepLayout:
             places_B=self.places_B[continuing],
             spans=[span._replace(start=span.start - rows.start, end=span.end - rows.start) for span in spans],
             padding=padding,
+            prompt_lens=self.prompt_lens[rows],
         )
         return Batch(layout, rows)
+
+
+def _together(spans: Sequence[Span], num_sequences: int, num_rows: int) -> Iterator[list[Span]]:
+    batch: list[Span] = []
+    for span in spans:
+        if batch and (len(batch) == num_sequences or span.end - batch[0].start > num_rows):
+            yield batch
+            batch = []
+        batch.append(span)
+    if batch:
+        yield batch
 
 
 class Batch(NamedTuple):

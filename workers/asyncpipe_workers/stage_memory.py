@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
 from asyncpipe_workers.models.kernels import LinearMaker, make_float_linear
 from asyncpipe_workers.models.quantized import QuantizedLinears
-from asyncpipe_workers.models.registry import Family, ModelConfig, find_family
+from asyncpipe_workers.models.registry import Model, find_model
 from asyncpipe_workers.models.units import StageUnits
 from asyncpipe_workers.models.weights import Resident, Wanted
 from asyncpipe_workers.sweep import sequence_of
@@ -67,23 +68,21 @@ def load_stage_memory(plan: LoadStage, device: torch.device) -> tuple[StageMemor
         raise Invalid(f"dtype {plan.dtype}: use one of {', '.join(DTYPES)}")
     if not 0 <= plan.first_layer < plan.last_layer or not 0 <= plan.stage < plan.num_stages:
         raise Invalid(f"stage {plan.stage} of {plan.num_stages} cannot hold layers {plan.first_layer} to {plan.last_layer}")
-    family, config = find_family(plan.config_json)
+    model = find_model(plan.config_json, plan.model_impl)
     with contextlib.ExitStack() as resources:
-        memory = _Loader(plan, device, family, config, resources).load()
+        memory = _Loader(plan, device, model, resources).load()
         resources.pop_all()  # they are the memory's from now on
-    return memory, config.hidden_size
+    return memory, model.config.hidden_size
 
 
 class _Loader:
-    def __init__(
-        self, plan: LoadStage, device: torch.device, family: Family, config: ModelConfig, resources: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, plan: LoadStage, device: torch.device, model: Model, resources: contextlib.ExitStack) -> None:
         self._plan = plan
         self._policy = plan.policy
         self._device = device
         self._dtype = DTYPES[plan.dtype]
-        self._family = family
-        self._config = config
+        self._model = model
+        self._config = model.config
         self._directory = Path(plan.offload_dir or tempfile.gettempdir())
         self._files = DiskFiles()
         self._pool = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
@@ -94,6 +93,10 @@ class _Loader:
         self._resources.callback(self._pool.shutdown, cancel_futures=True)
 
     def load(self) -> StageMemory:
+        if self._policy.moves_weights and not self._model.can_stream:
+            raise Invalid(
+                "the weights of a model that runs in transformers' code must all be on the device (--percent 100 0 ...)"
+            )
         units = self._units(separate=self._policy.sep_layer)
         with self._source() as source:
             if self._policy.moves_weights:
@@ -125,13 +128,13 @@ class _Loader:
     def _units(self, *, separate: bool) -> StageUnits:
         """The head of a stage whose weights move is cut up, so that the ring need not be longer for it than for layers."""
         plan = self._plan
-        bounds = {"first": plan.first_layer, "last": plan.last_layer, "separate": separate}
-        units = self._family.units(self._config, logits_rows=None, **bounds)
+        bounds: dict[str, Any] = {"first": plan.first_layer, "last": plan.last_layer, "separate": separate}
+        units = self._model.units(self._config, logits_rows=None, **bounds)
         if not self._policy.moves_weights or not units.logits:
             return units
         smallest = min(sum(_numbers(wanted) for wanted in unit.wanted) for unit in units.layers)
         row_len = units.logits[0].wanted[0].shape[-1]
-        return self._family.units(self._config, logits_rows=max(smallest // row_len, 1), **bounds)
+        return self._model.units(self._config, logits_rows=max(smallest // row_len, 1), **bounds)
 
     @contextlib.contextmanager
     def _source(self) -> Iterator[TensorSource]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import LoadStage, PromptLogprobs, Step, TierReport
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, LoadStage, PromptLogprobs, Step, TierReport
 from asyncpipe.wire.tensors import DType, Tensor
 from asyncpipe_workers.batch import StageSequences
 from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
@@ -24,6 +24,10 @@ with warnings.catch_warnings():
     # torch warns, once in a process, that it cannot protect read-only memory. Received hidden states are never written to.
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+# More rows at once gain nothing on a CPU, and what lies between two products should stay in its caches.
+CPU_BATCH_ROWS = 512
 
 
 class StageModel:
@@ -42,6 +46,7 @@ class StageModel:
         self._is_last = memory.units.head_input is not None
         self._sequences = StageSequences(memory.cache, device=memory.device, eos_token_ids=eos_token_ids)
         self._sweep = Sweep(memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap)
+        self._batch_rows = CPU_BATCH_ROWS if memory.device.type == "cpu" else MAX_CONTEXT_TOKENS
         self._grouping: Grouping = OneByOne()
         if memory.policy.moves_weights:
             self._grouping = AllThatWait(self._sequences.members, lingers=is_whole_pipeline)
@@ -86,7 +91,7 @@ class StageModel:
             self._grouping.done((step.micro_batch for step, _ in steps), time.monotonic() - start_s)
 
     def _work(self, number: int, step: Step, layout: StepLayout) -> Work:
-        batches = list(layout.batches(self._memory.policy.gpu_batch_size))
+        batches = list(layout.batches(self._memory.policy.gpu_batch_size, self._batch_rows))
         scored_rows = [row for span in self._scored(layout) for row in range(span.start, span.start + len(span.following))]
         return Work(number, layout, self._input(step, layout), batches, scored_rows)
 

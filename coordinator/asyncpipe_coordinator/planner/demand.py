@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from asyncpipe.model_shape import ModelShape
 from asyncpipe.policy import Policy, is_compressible
+from asyncpipe.tensor_names import layer_name
 from asyncpipe_coordinator.core.partition import LayerRange
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
@@ -30,8 +31,8 @@ MEAN_TOKENS = 1024
 UNITS_AHEAD = 3
 ALIGNMENT_BYTES = 2 * 4096 + 64  # of each tensor in a buffer: it is read from a disk's block to another, and aligned
 
-EMBEDDING = ("decoder.embed_tokens.weight", "decoder.embed_positions.weight", "decoder.project_in.weight")
-HEAD = ("decoder.project_out.weight", "decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias")
+TABLES = ("decoder.embed_tokens.weight", "embed_tokens.weight", "wte.weight")
+EMBEDDING = (*TABLES, "decoder.embed_positions.weight", "decoder.project_in.weight", "wpe.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class StageDemand:
 def stage_demand(
     *,
     shapes: Shapes,
-    config: dict[str, Any],
+    model: ModelShape,
     layers: LayerRange,
     dtype_bytes: int,
     stored_dtype_bytes: int,
@@ -61,33 +62,38 @@ def stage_demand(
     kv_block_tokens: int,
     kv_bytes: int | None = None,
 ) -> StageDemand:
-    """`shapes` and `config` are the whole model's, `layers` the stage's. Numbers are computed with in `dtype_bytes` each, and
+    """`shapes` and `model` are the whole model's, `layers` the stage's. Numbers are computed with in `dtype_bytes` each, and
     are in `stored_dtype_bytes` in the checkpoint. `kv_bytes` is a wish that replaces the rule above."""
-    own = _stage_shapes(shapes, config, layers)
-    hidden, context = config["hidden_size"], config["max_position_embeddings"]
-    tokens = min(context, MEAN_TOKENS)
+    own = _stage_shapes(shapes, model, layers)
+    context, tokens = model.max_context_len, min(model.max_context_len, MEAN_TOKENS)
     most_tokens = max(policy.block_size * num_micro_batches * rounded_up(tokens, kv_block_tokens), context)
-    layer_cache = rounded_up(most_tokens, kv_block_tokens) * kv_token_bytes(config, dtype_bytes, policy)
+    layer_cache = rounded_up(most_tokens, kv_block_tokens) * kv_token_bytes(model, dtype_bytes, policy)
     return StageDemand(
         weights=sum(_stored(name, shape, stored_dtype_bytes, policy) for name, shape in own.items()),
         resident_weights=sum(_stored(name, shape, dtype_bytes, policy) for name, shape in own.items()),
         cache=kv_bytes or (layers.last - layers.first) * layer_cache,
-        activations=2 * num_micro_batches * step_tokens * hidden * dtype_bytes,
-        compute=_compute_bytes(config, layers, dtype_bytes, policy, step_tokens=step_tokens),
-        weight_buffers=_weight_buffers(own, layers, dtype_bytes, stored_dtype_bytes, policy),
-        cache_workspace=2 * policy.gpu_batch_size * tokens * 2 * hidden * dtype_bytes,
+        activations=2 * num_micro_batches * step_tokens * model.hidden_size * dtype_bytes,
+        compute=_compute_bytes(model, layers, dtype_bytes, policy, step_tokens=step_tokens),
+        weight_buffers=_weight_buffers(own, dtype_bytes, stored_dtype_bytes, policy),
+        cache_workspace=2 * policy.gpu_batch_size * tokens * 2 * model.num_kv_heads * model.head_size * dtype_bytes,
         rounding=max(math.prod(shape[1:]) for shape in own.values()) * max(dtype_bytes, stored_dtype_bytes),
     )
 
 
-def _stage_shapes(shapes: Shapes, config: dict[str, Any], layers: LayerRange) -> Shapes:
-    prefixes = tuple(f"decoder.layers.{layer}." for layer in range(*layers))
-    names = [name for name in shapes if name.startswith(prefixes)]
-    if layers.first == 0:
-        names += EMBEDDING
-    if layers.last == config["num_hidden_layers"]:
-        names += [*HEAD, "lm_head.weight" if "lm_head.weight" in shapes else EMBEDDING[0]]
-    return {name: shapes[name] for name in names if name in shapes}
+def _stage_shapes(shapes: Shapes, model: ModelShape, layers: LayerRange) -> Shapes:
+    own: Shapes = {}
+    for name, shape in shapes.items():
+        found = layer_name(name)
+        if found is not None:
+            is_own = found.layer in range(*layers)
+        elif name in EMBEDDING:
+            is_tied_head = name in TABLES and "lm_head.weight" not in shapes
+            is_own = layers.first == 0 or (is_tied_head and layers.last == model.num_layers)
+        else:
+            is_own = layers.last == model.num_layers
+        if is_own:
+            own[name] = shape
+    return own
 
 
 def _stored(name: str, shape: tuple[int, ...], dtype_bytes: int, policy: Policy) -> int:
@@ -96,27 +102,25 @@ def _stored(name: str, shape: tuple[int, ...], dtype_bytes: int, policy: Policy)
     return shape[0] * policy.comp_weight_config.packed_bytes(shape[1])
 
 
-def kv_token_bytes(config: dict[str, Any], dtype_bytes: int, policy: Policy) -> int:
+def kv_token_bytes(model: ModelShape, dtype_bytes: int, policy: Policy) -> int:
     """Of one token in one layer."""
-    heads: int = config["num_attention_heads"]
-    head_size: int = config["hidden_size"] // heads
-    if policy.compress_cache:
-        return 2 * heads * policy.comp_cache_config.packed_bytes(head_size)
-    return 2 * heads * head_size * dtype_bytes
+    heads, size = model.num_kv_heads, model.head_size
+    return 2 * heads * (policy.comp_cache_config.packed_bytes(size) if policy.compress_cache else size * dtype_bytes)
 
 
-def _compute_bytes(config: dict[str, Any], layers: LayerRange, dtype_bytes: int, policy: Policy, *, step_tokens: int) -> int:
-    rows: int = step_tokens * (4 * config["hidden_size"] + config["ffn_dim"]) * dtype_bytes
-    logits: int = 2 * policy.block_size * config["vocab_size"] * 4  # in float32, and their probabilities
-    return rows + (logits if layers.last == config["num_hidden_layers"] else 0)
+def _compute_bytes(model: ModelShape, layers: LayerRange, dtype_bytes: int, policy: Policy, *, step_tokens: int) -> int:
+    widest = max(model.hidden_size, model.num_heads * model.head_size)
+    rows = step_tokens * (4 * widest + model.inner_size) * dtype_bytes
+    logits = 2 * policy.block_size * model.vocab_size * 4  # in float32, and their probabilities
+    return rows + (logits if layers.last == model.num_layers else 0)
 
 
-def _weight_buffers(own: Shapes, layers: LayerRange, dtype_bytes: int, stored_dtype_bytes: int, policy: Policy) -> int:
-    """Of the first layer's units; all layers are alike."""
-    units: dict[str, int] = {}
+def _weight_buffers(own: Shapes, dtype_bytes: int, stored_dtype_bytes: int, policy: Policy) -> int:
+    """Of the largest of the layers' units."""
+    units: dict[tuple[int, bool], int] = {}
     for name, shape in own.items():
-        if name.startswith(f"decoder.layers.{layers.first}."):
-            unit = "attention" if policy.sep_layer and ".self_attn" in name else "layer"
+        if found := layer_name(name):
+            unit = found.layer, policy.sep_layer and found.is_attention
             numbers = math.prod(shape) * dtype_bytes if policy.compress_weight or dtype_bytes != stored_dtype_bytes else 0
             stored = _stored(name, shape, stored_dtype_bytes, policy)
             units[unit] = units.get(unit, 0) + stored + numbers + ALIGNMENT_BYTES

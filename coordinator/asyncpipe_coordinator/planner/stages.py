@@ -46,7 +46,7 @@ def _derived(
     demands = [
         stage_demand(
             shapes=shapes,
-            config=model.config,
+            model=model.shape,
             layers=own,
             dtype_bytes=DTYPE_BYTES[dtype],
             stored_dtype_bytes=DTYPE_BYTES[dtype if config.dummy_weights else model.dtype],

@@ -24,7 +24,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend
-from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.layout import RowGroup, StepLayout
 
 CALL_BYTES = 512 << 10  # that a core reads while it could call another kernel
 PAGE_BYTES = mmap.PAGESIZE
@@ -126,7 +126,9 @@ class ArenaKV:
         self._num_warm = 0
         # A head's stretch of memory is whole pages, so that each block's pages are its own.
         granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
-        capacity = -(-shape.max_context_len // granule) * granule
+        granules = -(-shape.max_context_len // granule)
+        # Stretches that begin a power of two apart would share few lines of a cache: their newest tokens would evict each other.
+        capacity = (granules | 1) * granule
         self.most_padding = CALL_BYTES // (2 * shape.num_heads * shape.head_size * shape.dtype.itemsize)
         self._shape_SHCK = (shape.max_sequences, shape.num_heads, capacity, shape.head_size)
         self._block_tokens = shape.block_tokens
@@ -157,9 +159,18 @@ class ArenaKV:
     def prefetch(self, layer: int, layout: StepLayout) -> None:
         """Everything is here."""
 
-    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
-        self._keys[layer][slots_B, :, positions_B] = kv_BHK[0]
-        self._values[layer][slots_B, :, positions_B] = kv_BHK[1]
+    def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
+        """As slices or as rows of a flat tensor: indexing by several tensors costs ten times as much."""
+        first, last = group.first_slot, group.first_slot + group.num
+        if len(set(group.newest)) == 1:
+            self._keys[layer][first:last, :, group.newest[0]] = kv_NGK[0]
+            self._values[layer][first:last, :, group.newest[0]] = kv_NGK[1]
+            return
+        num_heads, capacity, size = self._shape_SHCK[1:]
+        heads_NG = torch.arange(first * num_heads, last * num_heads).view(group.num, num_heads)
+        places = (heads_NG * capacity + torch.tensor(group.newest)[:, None]).reshape(-1)
+        self._keys[layer].view(-1, size).index_copy_(0, places, kv_NGK[0].reshape(-1, size))
+        self._values[layer].view(-1, size).index_copy_(0, places, kv_NGK[1].reshape(-1, size))
 
     def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
         end = start + len(kv_THK[0])
@@ -243,12 +254,13 @@ class PagedKV:
     def prefetch(self, layer: int, layout: StepLayout) -> None:
         """Everything is here."""
 
-    def write_rows(self, layer: int, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_BHK: KeysValues) -> None:
-        places = zip(slots_B.tolist(), positions_B.tolist(), strict=True)
-        blocks_B = self._indices([self._tables[slot][position // self._block_tokens] for slot, position in places])
-        offsets_B = positions_B % self._block_tokens
-        self._keys[layer][blocks_B, :, offsets_B] = kv_BHK[0]
-        self._values[layer][blocks_B, :, offsets_B] = kv_BHK[1]
+    def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
+        tables = self._tables[group.first_slot : group.first_slot + group.num]
+        places = zip(tables, group.newest, strict=True)
+        blocks_N = self._indices([table[place // self._block_tokens] for table, place in places])
+        offsets_N = self._indices([place % self._block_tokens for place in group.newest])
+        self._keys[layer][blocks_N, :, offsets_N] = kv_NGK[0]
+        self._values[layer][blocks_N, :, offsets_N] = kv_NGK[1]
 
     def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
         positions = range(start, start + len(kv_THK[0]))

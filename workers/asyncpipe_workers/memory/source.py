@@ -205,7 +205,7 @@ class DummySource:
     def _fill(self, form: StoredForm, start: int, numbers: torch.Tensor) -> torch.Tensor:
         """With those of the tensor from number `start` on."""
         if len(form.shape) == 1:
-            return numbers.fill_(1.0 if "norm" in form.name and form.name.endswith("weight") else 0.0)
+            return numbers.fill_(0.0 if form.name.endswith("bias") else 1.0)
         place, done = zlib.crc32(form.name.encode()) + start, 0
         while done < len(numbers):
             offset = (place + done) % DUMMY_POOL

@@ -324,6 +324,9 @@ class _View:
     def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> list[torch.Tensor]:
         return self._parts(_Key(name, first, last))
 
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        raise Invalid(f"{name} cannot be streamed")
+
     def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
         return linear_of_parts(self, rows, in_size, bias=bias)
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
+    "relu": torch.relu_,
     "gelu": F.gelu,
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
+    "silu": functools.partial(F.silu, inplace=True),
     "tanh": torch.tanh,
 }
-"""By the names that Hugging Face configurations use."""
+"""By the names that Hugging Face configurations use. Some change what they are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,19 @@ class LayerNorm:
     size: int
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    eps: float = 1e-5
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.size,), self.weight, self.bias)
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """x over its root mean square, times `weight`: (D,), or (N, D) where N heads have their own (Zhang and Sennrich 2019)."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape[-1:], None, self.eps)
+        return (normed * self.weight).to(x.dtype)

@@ -18,7 +18,7 @@ from asyncpipe_workers.attention import QKV
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
 from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm
-from asyncpipe_workers.models.units import Layer, StageUnits, Unit
+from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
 
 POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
@@ -130,17 +130,6 @@ class FeedForward:
         return self.fc2(self._activation(self.fc1(x_TD)))
 
 
-class DecoderLayer:
-    """Both, for schedules that do not tell them apart."""
-
-    def __init__(self, weights: Weights, config: OPTConfig, index: int, cache_layer: int) -> None:
-        self.attention = Attention(weights, config, index, cache_layer)
-        self.feed_forward = FeedForward(weights, config, index)
-
-    def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
-        return self.feed_forward(self.attention(hidden_TD, layout, cache), layout, cache)
-
-
 class Embedding:
     """The first stage's part: tokens and positions to hidden states."""
 
@@ -181,32 +170,11 @@ def _logits(weights: Weights, config: OPTConfig, first: int, last: int) -> Proje
     return weights.head(name, first, last, of=(config.vocab_size, config.embedding_size))
 
 
-def opt_units(config: OPTConfig, *, first: int, last: int, separate: bool, logits_rows: int | None) -> StageUnits:
-    """Decoder layers [first, last) of an OPT, with the embedding before the first layer and the head after the last.
-
-    `separate` layers are two units each. `logits_rows` cuts the head into blocks of so many tokens.
-    """
-    layers: list[Unit[Layer]] = []
-    for index in range(first, last):
-        cache_layer = index - first
-        if separate:
-            build = functools.partial(Attention, config=config, index=index, cache_layer=cache_layer)
-            layers.append(Unit(f"layer {index} attention", build, cache_layer))
-            layers.append(Unit(f"layer {index} feed-forward", functools.partial(FeedForward, config=config, index=index)))
-        else:
-            layers.append(
-                Unit(
-                    f"layer {index}",
-                    functools.partial(DecoderLayer, config=config, index=index, cache_layer=cache_layer),
-                    cache_layer,
-                )
-            )
-    embedding = Unit("embedding", functools.partial(Embedding, config=config)) if first == 0 else None
-    if last < config.num_layers:
-        return StageUnits(embedding, tuple(layers))
-    step = logits_rows or config.vocab_size
-    bounds = [(row, min(row + step, config.vocab_size)) for row in range(0, config.vocab_size, step)]
-    logits = [
-        Unit(f"head, tokens {a} to {b - 1}", functools.partial(_logits, config=config, first=a, last=b)) for a, b in bounds
-    ]
-    return StageUnits(embedding, tuple(layers), Unit("head", functools.partial(HeadInput, config=config)), tuple(logits))
+def opt_blocks(config: OPTConfig) -> Blocks:
+    return Blocks(
+        embedding=functools.partial(Embedding, config=config),
+        attention=functools.partial(Attention, config=config),
+        feed_forward=functools.partial(FeedForward, config=config),
+        head_input=functools.partial(HeadInput, config=config),
+        logits=functools.partial(_logits, config=config),
+    )

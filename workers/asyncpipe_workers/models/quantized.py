@@ -10,7 +10,6 @@ Shapes: R rows, I inputs, O outputs, G groups, B bytes of a packed row.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -24,6 +23,7 @@ ROW_LIMIT = 127.0
 ZERO_POINT = 128  # of inputs, which the kernels take as unsigned bytes
 INT4_GROUPS = (32, 64, 128, 256)  # that the kernel knows
 INT4_OUTPUTS = 16  # it works on so many rows of the weight at once
+TINY = 1e-30  # instead of the limit of a row of zeros
 MIDDLE_CODE = 8  # its codes are 0 to 15, and mean code - 8
 
 
@@ -41,7 +41,7 @@ class Int8Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        limits_R1 = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_min_(1e-30)
+        limits_R1 = rows.abs().amax(1, keepdim=True).clamp_min_(TINY)
         y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows / limits_R1, 1 / ROW_LIMIT, ZERO_POINT, self._weight
         )

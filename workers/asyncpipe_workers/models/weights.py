@@ -80,6 +80,10 @@ class Weights(Protocol):
         """(size,)."""
         ...
 
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Of any shape, as it is; only where weights stay."""
+        ...
+
     def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
         """The projections of one input, one after the other, as one."""
         ...
@@ -149,6 +153,10 @@ class Recorder:
         self.wanted.append(Wanted(name, (size,), 0, size))
         return torch.empty(size, device="meta")
 
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        self.wanted.append(Wanted(name, shape, 0, shape[0] if shape else 1))
+        return torch.empty(shape, device="meta")
+
     def rows(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> list[torch.Tensor]:
         self.wanted.append(Wanted(name, of, first, last))
         return [torch.empty(last - first, of[1], device="meta")]
@@ -215,9 +223,12 @@ class Resident:
         return linear
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
+        return ResidentTable(self.tensor(name, (num_rows, size)))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._tables:
-            self._tables[name] = self._kept(self._read(name, (num_rows, size)))
-        return ResidentTable(self._tables[name])
+            self._tables[name] = self._kept(self._read(name, shape))
+        return self._tables[name]
 
     def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return self._counted(self._make_linear(weight, bias))
