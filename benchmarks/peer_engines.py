@@ -31,10 +31,12 @@ Prompts = list[list[int]]
 
 
 class Timing(NamedTuple):
-    """Seconds from the start: to the first token of the last sequence, and to the last token of all."""
+    """Seconds from the start: to the first token of the last sequence, and to the last token of all; and how many came between
+    the two (an engine that begins to decode some sequences before it has seen all prompts has made some of them before)."""
 
     first_s: float
     total_s: float
+    num_decoded: int
 
 
 class Arrivals:
@@ -44,20 +46,22 @@ class Arrivals:
         self._expected = dict.fromkeys(range(new_tokens), batch)
         self._counts: Counter[int] = Counter()
         self._first_s = self._last_s = 0.0
+        self._num_decoded = 0
         self._start_s = time.perf_counter()
 
     def add(self, index: int) -> None:
         """A sequence's token number `index`."""
         self._last_s = time.perf_counter() - self._start_s
         self._counts[index] += 1
+        self._num_decoded += 1
         if index == 0:
-            self._first_s = self._last_s
+            self._first_s, self._num_decoded = self._last_s, 0
 
     def timing(self) -> Timing:
         """Raises RuntimeError unless every sequence got all its tokens."""
         if self._counts != self._expected:
             raise RuntimeError(f"{sum(self._counts.values())} tokens came, not {sum(self._expected.values())}")
-        return Timing(self._first_s, self._last_s)
+        return Timing(self._first_s, self._last_s, self._num_decoded)
 
 
 Run = Callable[[Prompts, int], Awaitable[Timing]]

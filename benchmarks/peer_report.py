@@ -20,8 +20,8 @@ ENGINE_NAMES = {"ours": "asyncpipe", "hf": "Hugging Face", "ct2": "CTranslate2",
 
 
 class Rates(NamedTuple):
-    """Tokens per second: of the prompts, of what was generated after each sequence's first token, and of all that was generated
-    over all of the time."""
+    """Tokens per second: of the prompts, of what was generated after all prompts, and of all that was generated over all of
+    the time."""
 
     prefill: float
     decode: float
@@ -35,7 +35,7 @@ def rates(timing: Timing, workload: Workload) -> Rates:
     batch, decode_s = workload.batch, timing.total_s - timing.first_s
     return Rates(
         prefill=batch * workload.prompt_len / timing.first_s,
-        decode=batch * (workload.new_tokens - 1) / decode_s if workload.new_tokens > 1 else 0.0,
+        decode=timing.num_decoded / decode_s if workload.new_tokens > 1 else 0.0,
         end_to_end=batch * workload.new_tokens / timing.total_s,
     )
 

@@ -42,7 +42,7 @@ RETRY_LOST_S = 0.5  # after a stage was lost, until the pipeline is up again
 async def batch(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     """Returns the exit status: 0, also when lines had errors; they are in the errors file."""
     input_path, output = _path(arguments.input, "--input"), _path(arguments.output, "--output")
-    defaults = sampling_options(arguments)
+    defaults = sampling_options(arguments, config.checkpoint)
     make_sampling(defaults)
     total = count_lines(input_path)
     arithmetic = [config.policy_of(stage).arithmetic for stage in range(config.num_stages)]

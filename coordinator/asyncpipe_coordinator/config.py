@@ -15,6 +15,7 @@ from asyncpipe_coordinator.core.limits import Schedule
 MAX_STAGES = 256
 MAX_MICRO_BATCHES = 1024
 MAX_SEQUENCES = MAX_BATCHES
+MODEL_IMPLS = ("auto", "native", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEFAULT_POLICY = Policy()
@@ -44,6 +45,7 @@ class ServiceConfig:
     schedule: Schedule = Schedule.CONTINUOUS
     max_waiting: int = 4096  # requests that wait for a place before the answer is Busy
     dtype: str = "auto"
+    model_impl: str = "auto"  # native: our code; transformers: its layers; auto: ours where there is any
     quantize: str | None = None  # the form in which matrices are multiplied: int8 or int4; None: in dtype
     device: str = "cpu"
     threads_per_stage: int | None = None  # None: the machine's cores, shared out
@@ -64,6 +66,8 @@ class ServiceConfig:
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
         self._check_quantize()
+        if self.model_impl not in MODEL_IMPLS:
+            raise Invalid(f"--model-impl {self.model_impl}: use one of {', '.join(MODEL_IMPLS)}")
         if self.simulation is None and self.device != "cpu" and not self.device.startswith("cuda"):
             raise Invalid(f"--device {self.device}: use cpu, cuda or sim:layer_ms=10")
         self._check_policies()

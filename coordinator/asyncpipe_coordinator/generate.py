@@ -54,7 +54,7 @@ async def generate(arguments: argparse.Namespace, config: ServiceConfig) -> int:
     """Returns the exit status: 0, or 1 when a request failed."""
     texts = collect_prompts(arguments.prompt or [], arguments.prompt_file or [])
     prompts = chat_prompts(texts, config.checkpoint) if arguments.chat else plain_prompts(texts)
-    options = sampling_options(arguments)
+    options = sampling_options(arguments, config.checkpoint)
     make_sampling(options)
     async with (
         open_service(config, quiet=arguments.quiet) as service,

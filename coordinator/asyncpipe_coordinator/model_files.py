@@ -21,6 +21,8 @@ BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
 HUB_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 NUMPY_SUFFIX = "-np"  # of a directory of FlexLLMGen's: one file in numpy's format for each tensor
 DUMMY_PATH = "_DUMMY_"
+GREEDY_DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+SAMPLING_DEFAULTS = GREEDY_DEFAULTS | {"temperature": 1.0, "top_k": 50}  # transformers' own
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -116,19 +118,18 @@ def _download(name: str, *, with_weights: bool) -> Path:
         raise Invalid(f"cannot get {name} from the hub: {_one_line(error)}") from None
 
 
-def inspect_model(path: Path, *, dummy: bool = False) -> ModelInfo:
-    """Read the configuration and check the weight files against it; `dummy` weights have none.
+def inspect_model(path: Path, *, dummy: bool = False, native: bool = False) -> ModelInfo:
+    """Read the configuration and check the weight files against it; `dummy` weights have none. `native`: it must be of a
+    family that we have code for.
 
     Raises Invalid with what is wrong and where.
     """
     config = _find_config(path, dummy=dummy)
-    architecture, fields = find_architecture(path, config), model_fields(config)
+    architecture, fields = find_architecture(path, config, native=native), model_fields(config)
     shapes = expected_shapes(path, config)
     if not dummy:
         check_tensors(path, shapes)
-    generation_path = path / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
-    eos = generation.get("eos_token_id", config.get("eos_token_id", fields.get("eos_token_id")))
+    eos = _generation_config(path).get("eos_token_id", config.get("eos_token_id", fields.get("eos_token_id")))
     return ModelInfo(
         path=path,
         architecture=architecture,
@@ -137,6 +138,21 @@ def inspect_model(path: Path, *, dummy: bool = False) -> ModelInfo:
         dtype=_dtype(fields),
         config=config,
     )
+
+
+def generation_defaults(path: Path) -> dict[str, float]:
+    """temperature, top_k, top_p and repetition_penalty, as generation_config.json has them if it samples; else greedy ones.
+    Raises Invalid for a file that cannot be read."""
+    config = _generation_config(path)
+    if not config.get("do_sample"):
+        return GREEDY_DEFAULTS
+    own = {name: config.get(name) for name in SAMPLING_DEFAULTS}
+    return SAMPLING_DEFAULTS | {name: value for name, value in own.items() if isinstance(value, int | float)}
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return _read_json(file) if file.is_file() else {}
 
 
 def _find_config(path: Path, *, dummy: bool) -> dict[str, Any]:

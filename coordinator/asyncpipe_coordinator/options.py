@@ -11,7 +11,7 @@ from asyncpipe.errors import Invalid
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.flags import ENV_PREFIX, Parser, layer_counts, size_bytes, token_biases, token_ids
-from asyncpipe_coordinator.model_files import has_dummy_path, resolve_model
+from asyncpipe_coordinator.model_files import generation_defaults, has_dummy_path, resolve_model
 from asyncpipe_coordinator.policy_options import add_policy_options, chosen_policy
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -57,6 +57,12 @@ def add_model_options(parser: Parser) -> None:
     )
     parser.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, float32 on CPUs)")
     parser.option(
+        "--model-impl",
+        default="auto",
+        metavar="auto|native|transformers",
+        help="whose code computes the layers: ours, or transformers' (default: auto, ours where there is any)",
+    )
+    parser.option(
         "--quantize",
         metavar="int8|int4",
         help="multiply in int8 (faster; CPUs) or with 4-bit weights (smallest); kept for the next start (default: --dtype)",
@@ -69,11 +75,12 @@ def add_model_options(parser: Parser) -> None:
 def add_sampling_options(parser: Parser) -> None:
     """How tokens are chosen."""
     parser.option("--max-new-tokens", type=int, default=64, metavar="K", help="at most so many tokens (default: 64)")
-    parser.option("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    parser.option("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest tokens (0: all)")
-    parser.option("--top-p", type=float, default=1.0, metavar="P", help="... that together reach this probability")
+    own = "MODEL's generation_config.json, else"
+    parser.option("--temperature", type=float, metavar="T", help=f"0 is greedy (default: {own} 0)")
+    parser.option("--top-k", type=int, metavar="K", help=f"sample among the K likeliest tokens (0: all; default: {own} 0)")
+    parser.option("--top-p", type=float, metavar="P", help=f"... that together reach this probability (default: {own} 1)")
     parser.option("--min-p", type=float, default=0.0, metavar="P", help="... at least so likely, relative to the likeliest")
-    parser.option("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default: 1)")
+    parser.option("--repetition-penalty", type=float, metavar="X", help=f"above 1: repeat less (default: {own} 1)")
     parser.option("--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted for generated tokens")
     parser.option("--frequency-penalty", type=float, default=0.0, metavar="X", help="... for each time they were generated")
     parser.option("--logit-bias", type=token_biases, metavar="ID:X,…", help="added to the logits of tokens, like 50256:-100")
@@ -87,15 +94,18 @@ def add_sampling_options(parser: Parser) -> None:
     parser.option("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens (with --json)")
 
 
-def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
-    """What `add_sampling_options` has read, as the client library takes it."""
+def sampling_options(arguments: argparse.Namespace, checkpoint: Path) -> SamplingOptions:
+    """What `add_sampling_options` has read, as the client library takes it. What is not given is as `checkpoint` says."""
+    own = generation_defaults(checkpoint)
+    given = {name: getattr(arguments, name) for name in own}
+    chosen = {name: own[name] if value is None else value for name, value in given.items()}
     return {
         "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
+        "temperature": chosen["temperature"],
+        "top_k": int(chosen["top_k"]),
+        "top_p": chosen["top_p"],
         "min_p": arguments.min_p,
-        "repetition_penalty": arguments.repetition_penalty,
+        "repetition_penalty": chosen["repetition_penalty"],
         "presence_penalty": arguments.presence_penalty,
         "frequency_penalty": arguments.frequency_penalty,
         "logit_bias": arguments.logit_bias or {},
@@ -133,6 +143,7 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         schedule=schedule,
         device=arguments.device,
         dtype=arguments.dtype,
+        model_impl=arguments.model_impl,
         quantize=arguments.quantize,
         threads_per_stage=arguments.threads_per_stage,
     )

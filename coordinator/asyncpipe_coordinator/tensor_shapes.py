@@ -39,10 +39,13 @@ _FAMILIES: Mapping[str, _Family] = {
 SUPPORTED = tuple(_FAMILIES)
 
 
-def find_architecture(path: Path, config: Mapping[str, Any]) -> str:
-    """Raises Invalid for one that is not supported, and for quantized weights."""
+def find_architecture(path: Path, config: Mapping[str, Any], *, native: bool = False) -> str:
+    """Unless it must be `native`, any will do: workers know which ones transformers can run. Raises Invalid for one that is not
+    supported, and for quantized weights."""
     names = config.get("architectures") or []
     found = next((str(name) for name in names if name in _FAMILIES), None)
+    if found is None and names and not native:
+        found = str(names[0])
     if found is None:
         described = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
         raise Invalid(f"{path}: {described} is not supported; supported: {', '.join(SUPPORTED)}")
@@ -62,8 +65,14 @@ def model_shape(path: Path, config: Mapping[str, Any]) -> ModelShape:
 
 
 def expected_shapes(path: Path, config: Mapping[str, Any]) -> Shapes:
-    """By plain names: "decoder.layers.0.fc1.weight" of an OPT. Raises Invalid for a configuration that cannot be."""
-    found, fields, shape = _FAMILIES[find_architecture(path, config)], model_fields(config), model_shape(path, config)
+    """By plain names: "decoder.layers.0.fc1.weight" of an OPT. None are known of a family that is not native.
+
+    Raises Invalid for a configuration that cannot be.
+    """
+    fields, shape = model_fields(config), model_shape(path, config)
+    found = _FAMILIES.get(find_architecture(path, config))
+    if found is None:
+        return {}
     shapes = found.outer(fields, shape)
     for layer in range(shape.num_layers):
         shapes |= {f"{found.prefix}.{layer}.{name}": size for name, size in found.layer(fields, shape, layer).items()}

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from asyncpipe import Client, Invalid, connect
+from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import FinishReason
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
-from tests.checkpoints import distinct_prompts, make_opt, reference_generate
+from tests.checkpoints import distinct_prompts, make_opt, reference_generate, save_tokenizer
+from tests.families import make_family, reference_tokens
 from tests.support import run
 
 NUM_TOKENS = 8
@@ -146,3 +148,15 @@ async def check_bad_requests(client: Client) -> None:
         await client.generate("a", temperature=-1.0)
     with pytest.raises(Invalid, match="unknown parameter 'temprature'"):
         await client.generate("a", temprature=1.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_other_families_run_on_stages_of_their_own(family: str, tmp_path: Path) -> None:
+    path, prompts = make_family(tmp_path, family), distinct_prompts(5, longest=60)
+    save_tokenizer(path)
+
+    async def scenario() -> list[list[int]]:
+        async with serving(path, num_stages=2, device_memory=8 << 20, policy=Policy(gpu_batch_size=4)) as client:
+            return await generate_all(client, prompts)
+
+    assert run(scenario(), timeout_s=60) == reference_tokens(path, prompts, max_new_tokens=NUM_TOKENS)

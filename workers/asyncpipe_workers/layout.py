@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from asyncpipe_workers.sampling import Sampler
+
+if TYPE_CHECKING:
+    from asyncpipe_workers.models.rope import Rope, Rotation
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class StepLayout:
     sampled_rows: torch.Tensor | None = None  # of each
     groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
     prompt_lens: list[int] = field(default_factory=list)  # T; of each row's sequence
-    rotations: dict[Any, Any] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
+    rotations: dict[Rope, Rotation] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
 
     def __len__(self) -> int:
         return len(self.token_ids)

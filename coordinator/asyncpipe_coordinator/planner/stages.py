@@ -43,6 +43,8 @@ def _derived(
     config: ServiceConfig, model: ModelInfo, layers: Sequence[LayerRange], dtype: str, *, step_tokens: int
 ) -> ServiceConfig:
     shapes = expected_shapes(model.path, model.config)
+    if not shapes:
+        raise Invalid(f"--device-memory: the tensors of a {model.architecture} are not known beforehand; use --percent")
     demands = [
         stage_demand(
             shapes=shapes,

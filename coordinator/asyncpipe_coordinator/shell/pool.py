@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
+# Turns (some microseconds) that a compute thread waits for the others before it sleeps. libgomp's own default is milliseconds,
+# in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
+SPIN_COUNT = "1000"
 CONNECT_TIMEOUT_S = 15.0
 USAGE_EXIT = 2
 
@@ -137,6 +140,8 @@ class WorkerPool:
             "ASYNCPIPE_TOKEN": self.token,
             "OMP_NUM_THREADS": str(config.threads),
         }
+        if "OMP_WAIT_POLICY" not in env:
+            env.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         process = await ChildProcess.spawn(argv, env=env, name=f"stage {stage}")
         worker = Worker(stage, process, asyncio.get_running_loop().create_future())
         self.background(self._watch(worker), f"watch stage {stage}")
@@ -182,6 +187,7 @@ class WorkerPool:
             config_json=msgspec.json.encode(self.model.config).decode(),
             dtype=self.dtype,
             quantize=self.config.quantize or "",
+            model_impl=self.config.model_impl,
             max_context_len=self.model.max_context_len,
             max_sequences=self.max_sequences,
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),

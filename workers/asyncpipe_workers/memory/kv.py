@@ -127,7 +127,7 @@ class ArenaKV:
         # A head's stretch of memory is whole pages, so that each block's pages are its own.
         granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
         granules = -(-shape.max_context_len // granule)
-        # Stretches that begin a power of two apart would share few lines of a cache: their newest tokens would evict each other.
+        # Stretches that begin a power of two apart would share few lines of a cache, and evict each other's newest tokens.
         capacity = (granules | 1) * granule
         self.most_padding = CALL_BYTES // (2 * shape.num_heads * shape.head_size * shape.dtype.itemsize)
         self._shape_SHCK = (shape.max_sequences, shape.num_heads, capacity, shape.head_size)

@@ -73,7 +73,7 @@ class HuggingFaceConfig(ModelShape):
 
         kind = str(self.fields.get("model_type"))
         if kind not in CONFIG_MAPPING:
-            raise Invalid(f"model_type {kind!r} is not supported, and this version of transformers does not know it")
+            raise Invalid(f"model_type {kind!r} is not supported: this version of transformers has no pipeline plan for it")
         return CONFIG_MAPPING[kind].from_dict(dict(self.fields))
 
 

@@ -93,7 +93,10 @@ def find_model(config_json: str, impl: str = "auto") -> Model:
         raise Invalid(f"the model's configuration is not JSON: {error}") from None
     name = next((name for name in fields.get("architectures") or () if name in FAMILIES), None)
     if impl == "transformers" or (impl == "auto" and name is None):
-        return Model(HuggingFaceConfig.of(fields), hugging_face_units, can_stream=False)
+        try:
+            return Model(HuggingFaceConfig.of(fields), hugging_face_units, can_stream=False)
+        except Invalid as error:
+            raise Invalid(f"{error}; supported: {', '.join(FAMILIES)}, and decoders with such a plan") from None
     if name is None:
         raise Invalid(f"{fields.get('architectures')} is not supported; supported: {', '.join(FAMILIES)}")
     try:
