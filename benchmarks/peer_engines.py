@@ -6,9 +6,11 @@ Each engine is a context manager that yields `run(prompts, new_tokens)`; what it
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections import Counter
@@ -31,12 +33,12 @@ Prompts = list[list[int]]
 
 
 class Timing(NamedTuple):
-    """Seconds from the start: to the first token of the last sequence, and to the last token of all; and how many came between
-    the two (an engine that begins to decode some sequences before it has seen all prompts has made some of them before)."""
+    """Seconds from the start: to the first token of the last sequence, and to the last token of all; and of a decode step, the
+    median of those in which every sequence took part (an engine may begin to decode some before it has seen all prompts)."""
 
     first_s: float
     total_s: float
-    num_decoded: int
+    step_s: float
 
 
 class Arrivals:
@@ -46,22 +48,29 @@ class Arrivals:
         self._expected = dict.fromkeys(range(new_tokens), batch)
         self._counts: Counter[int] = Counter()
         self._first_s = self._last_s = 0.0
-        self._num_decoded = 0
+        self._reached_s: list[float] = []  # by the first sequence, each index
         self._start_s = time.perf_counter()
 
     def add(self, index: int) -> None:
         """A sequence's token number `index`."""
         self._last_s = time.perf_counter() - self._start_s
         self._counts[index] += 1
-        self._num_decoded += 1
+        if index == len(self._reached_s):
+            self._reached_s.append(self._last_s)
         if index == 0:
-            self._first_s, self._num_decoded = self._last_s, 0
+            self._first_s = self._last_s
 
     def timing(self) -> Timing:
         """Raises RuntimeError unless every sequence got all its tokens."""
         if self._counts != self._expected:
             raise RuntimeError(f"{sum(self._counts.values())} tokens came, not {sum(self._expected.values())}")
-        return Timing(self._first_s, self._last_s, self._num_decoded)
+        return Timing(self._first_s, self._last_s, self._step_s())
+
+    def _step_s(self) -> float:
+        """A decode step's, until the first sequence ends."""
+        pairs = list(itertools.pairwise(self._reached_s))
+        steps = [after - before for before, after in pairs if before >= self._first_s] or [b - a for a, b in pairs]
+        return statistics.median(steps) if steps else 0.0
 
 
 Run = Callable[[Prompts, int], Awaitable[Timing]]

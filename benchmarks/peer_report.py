@@ -20,7 +20,7 @@ ENGINE_NAMES = {"ours": "asyncpipe", "hf": "Hugging Face", "ct2": "CTranslate2",
 
 
 class Rates(NamedTuple):
-    """Tokens per second: of the prompts, of what was generated after all prompts, and of all that was generated over all of
+    """Tokens per second: of the prompts, of all sequences together in a decode step, and of all that was generated over all of
     the time."""
 
     prefill: float
@@ -32,10 +32,10 @@ PHASES = Rates._fields
 
 
 def rates(timing: Timing, workload: Workload) -> Rates:
-    batch, decode_s = workload.batch, timing.total_s - timing.first_s
+    batch = workload.batch
     return Rates(
         prefill=batch * workload.prompt_len / timing.first_s,
-        decode=timing.num_decoded / decode_s if workload.new_tokens > 1 else 0.0,
+        decode=batch / timing.step_s if timing.step_s else 0.0,
         end_to_end=batch * workload.new_tokens / timing.total_s,
     )
 
