@@ -24,7 +24,7 @@ import peer_llamacpp
 from asyncpipe.process import die_with_parent
 
 RUN_TIMEOUT_S = 1800.0
-WARM_UP = {"batch": 2, "prompt_len": 32, "new_tokens": 4, "seed": 0}
+WARM_UP = {"prompt_len": 128, "new_tokens": 32, "seed": 0}  # as large as what is timed: memory is got and kept
 FIRST_TOKEN_ID = 4  # those below are special ones in both vocabularies
 MAX_ERROR_CHARS = 200
 
@@ -250,7 +250,7 @@ async def generate(run: Run, spec: Spec, order: dict[str, int]) -> Timing:
 async def serve(spec: Spec, reply: Callable[[dict[str, Any]], None]) -> None:
     """Until standard input ends. An engine that fails a run is given up: its process ends with the reason."""
     async with ENGINES[spec["engine"]](spec) as run:
-        await generate(run, spec, WARM_UP)
+        await generate(run, spec, WARM_UP | {"batch": spec["max_sequences"]})
         reply({"ready": True})
         while line := await asyncio.to_thread(sys.stdin.readline):
             reply((await generate(run, spec, json.loads(line)))._asdict())

@@ -66,6 +66,15 @@ def test_int8_is_near_and_a_rows_result_is_its_own(has_bias: bool) -> None:
     assert torch.equal(found, alone)
 
 
+def test_no_rows_give_no_rows() -> None:
+    """As when a step completes no prompt."""
+    weight, nothing = numbers(96, 64), torch.empty(0, 64)
+    codec = GroupCodec(64)
+    forms = [PlainLinear(weight, None), PackedLinear(weight, None)]
+    forms += [Int8Linear(RowCodec().encode(weight), 64, None), Int4Linear(codec, codec.encode(weight), 64, None)]
+    assert [form(nothing).shape for form in forms] == [(0, 96)] * 4
+
+
 def test_int8_of_nothing_is_the_bias() -> None:
     bias = numbers(16)
     linear = Int8Linear(RowCodec().encode(torch.zeros(16, 32)), 32, bias)

@@ -228,7 +228,8 @@ class _Linear(nn.Module):
         self._project = project
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._project(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y = self._project(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -37,16 +37,19 @@ class Int8Linear:
             weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O, zero_points_O, 0)
             self._weight = torch.ops.quantized.linear_prepack(weight, None)
         self._bias = None if bias is None else bias.float()
+        self._out_size = len(codes_OI)
         self.num_bytes = packed.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self._out_size)
         rows = x.reshape(-1, x.shape[-1]).float()
         limits_R1 = rows.abs().amax(1, keepdim=True).clamp_min_(TINY)
         y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows / limits_R1, 1 / ROW_LIMIT, ZERO_POINT, self._weight
         )
         y = y.mul_(limits_R1) if self._bias is None else torch.addcmul(self._bias, y, limits_R1, out=y)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y.view(*x.shape[:-1], self._out_size).to(x.dtype)
 
 
 class Int4Linear:
@@ -59,6 +62,7 @@ class Int4Linear:
         self._scales_zeros_GO2 = torch.stack([steps_OG, zeros_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)
         self._group_size = codec.group_size
+        self._out_size = len(codes_OI)
         self._bias = bias
         self.num_bytes = packed.nbytes
 
@@ -67,11 +71,13 @@ class Int4Linear:
         return codec.group_size in INT4_GROUPS and in_size % codec.group_size == 0 and out_size % INT4_OUTPUTS == 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self._out_size)
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self._weight, self._group_size, self._scales_zeros_GO2
         )
-        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        y = y.view(*x.shape[:-1], self._out_size).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
 
 
