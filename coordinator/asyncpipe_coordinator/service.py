@@ -116,9 +116,15 @@ class Service:
         """What cannot be read in place is, once, made into what can."""
         if not needs_conversion(self.config):
             return
-        path = await converted(
-            self.config, self.model, on_progress=lambda share: self._on_progress(f"converting, {share:.0%} done", steps=0)
-        )
+        try:
+            path = await converted(
+                self.config, self.model, on_progress=lambda share: self._on_progress(f"converting, {share:.0%} done", steps=0)
+            )
+        except Invalid as error:
+            if any(policy.weights.disk for policy in self.config.policies):
+                raise
+            log.warning("%s; the weights are quantized at every start", error)
+            return
         self.config = replace(self.config, checkpoint=path)
 
     async def _start_pool(self) -> None:

@@ -221,3 +221,18 @@ def test_what_cannot_be_read_in_place_is_converted_once(
     assert len(times) == 1
     assert sum("once" in record.message for record in caplog.records) == 1
     assert [path.name for path in (tmp_path / "offload").iterdir()] == ["converted"]
+
+
+def test_where_nothing_can_be_kept_weights_are_quantized_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_opt(tmp_path / "model")
+    (tmp_path / "offload").mkdir()
+    (tmp_path / "offload" / "converted").write_text("in the way")
+
+    async def scenario() -> None:
+        async with serving(model, offload_dir=tmp_path / "offload", policy={}, quantize="int8") as client:
+            assert len((await client.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True)).token_ids) == 4
+
+    run(scenario(), timeout_s=60)
+    assert any("the weights are quantized at every start" in record.message for record in caplog.records)
