@@ -114,7 +114,25 @@ def test_decoding_goes_on_while_a_long_prompt_is_computed_a_part_at_a_time() -> 
     core.handle(submitted("long", prompt_len=2000))
     (step,) = steps(answer(core, step, 9))
     assert step.delta.token_ids == (9,)
-    assert [chunk.count for chunk in step.delta.chunks] == [250]  # an eighth of what waits
+    counts = []
+    while step.delta.chunks:
+        counts += [chunk.count for chunk in step.delta.chunks]
+        (step,) = steps(answer(core, step, *(9 for _ in range(len(counts) // 8 + 1))))
+    assert counts == [250] * 8  # an eighth of what waited in each step, to the end
+
+
+def test_prompts_that_come_later_are_computed_at_their_own_rate() -> None:
+    core = machine(num_micro_batches=1, kv_blocks=100_000)
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=100)))
+    core.handle(submitted("long", prompt_len=2000, max_new_tokens=1))
+    (step,) = steps(answer(core, step, 9))
+    for _ in range(7):
+        (step,) = steps(answer(core, step, 9))
+    (step,) = steps(answer(core, step, 9, 9))
+    assert not step.delta.chunks
+    core.handle(submitted("later", prompt_len=400))
+    (step,) = steps(answer(core, step, 9))
+    assert [chunk.count for chunk in step.delta.chunks] == [50]
 
 
 def test_the_least_important_member_gives_its_blocks_up_and_comes_back() -> None:

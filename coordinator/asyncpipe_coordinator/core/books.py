@@ -23,6 +23,7 @@ class Books:
     to_forget: list[int] = field(default_factory=list)  # numbers that the stages hear of with the next step of any micro-batch
     micro_batches: list[MicroBatch] = field(default_factory=list)
     num_open: int = 1  # micro-batches beyond these take nobody and give away whom they have
+    prefill_rate: int = 0  # prompt tokens a step, for as long as some wait
     num_preemptions: int = 0
     next_number: int = 0
 

@@ -2,7 +2,8 @@
 
 The prefill rate follows token throttling as in gLLM (Guo et al. 2025, "gLLM: Global Balanced Pipeline Parallelism System for
 Distributed LLM Serving with Token Throttling"): the tokens that wait are spread over the next steps, fewer of them when the
-KV memory is nearly full, and decode tokens are spread evenly over the micro-batches.
+KV memory is nearly full, and decode tokens are spread evenly over the micro-batches. Unlike there, the rate does not fall as
+fewer tokens wait: what arrived together is through after those steps, and does not trickle on in ever smaller parts.
 """
 
 from __future__ import annotations
@@ -143,9 +144,10 @@ def prefill_budget(books: Books, micro_batch: MicroBatch) -> int:
     if not books.num_running:
         return most
     waiting = books.waiting.num_tokens + sum(sequence.num_remaining for sequence in books.prefilling)
+    books.prefill_rate = max(books.prefill_rate, -(-waiting // books.limits.prefill_spread_steps)) if waiting else 0
     free_share = books.ledger.num_free / max(books.ledger.num_blocks, 1)
     headroom = max(free_share - KV_RESERVE, 0.0) / (1.0 - KV_RESERVE)
-    rate = min(-(-waiting // books.limits.prefill_spread_steps), int(headroom * most))
+    rate = min(books.prefill_rate, int(headroom * most))
     return min(max(rate, MIN_PREFILL_TOKENS), most)
 
 

@@ -36,7 +36,7 @@ COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
 # Turns (some microseconds) that a compute thread waits for the others before it sleeps. libgomp's own default is milliseconds,
 # in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
-SPIN_COUNT = "1000"
+SPIN_COUNT = "2500"
 CONNECT_TIMEOUT_S = 15.0
 USAGE_EXIT = 2
 
