@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from asyncpipe.cache_dir import cache_dir
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import QUANTIZE_FORMS, Compression
 from asyncpipe_coordinator.config import ServiceConfig
@@ -83,8 +83,7 @@ def _directory(config: ServiceConfig) -> Path:
     """Beside what else is on the disk tier, or with the user's caches."""
     if config.offload_dir is not None:
         return config.offload_dir / "converted"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "asyncpipe" / "converted"
+    return cache_dir() / "converted"
 
 
 def _key(checkpoint: Path, compression: Compression | None) -> str:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
-from asyncpipe_workers.models import kernels
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
 from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where this machine's choices are remembered, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernels._remembered.cache_clear()
+    quickest._remembered.cache_clear()
     yield tmp_path / "asyncpipe" / "kernels.json"
-    kernels._remembered.cache_clear()
+    quickest._remembered.cache_clear()
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> Non
     (choices,) = json.loads(cache.read_text()).values()
     assert list(choices.values()) == ["plain"]
     made.clear()
-    kernels._remembered.cache_clear()  # as at the next start
+    quickest._remembered.cache_clear()  # as at the next start
     assert quickest_form(forms, (256, 256), torch.float32) == "plain"
     assert not made
 

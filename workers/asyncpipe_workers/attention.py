@@ -6,15 +6,20 @@ head size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.layout import Row, RowGroup, Span, StepLayout
+from asyncpipe_workers.quickest import Call, quickest
+
+SCORE_NUMBERS = 256 << 10  # that are computed at once: 1 MB, in a core's cache
+MIN_SCORES_FOR_PRODUCTS = 128 << 10  # of the heads that share keys; with fewer, calls cost more than is won
 
 
 class QKV(NamedTuple):
@@ -122,35 +127,82 @@ def attend_chunk(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm = 
     """(T, H, K). The last T of C tokens, each over itself and all before it; in which order those are does not matter, unless
     there is a window."""
     (num, num_heads), (groups, total) = q_THK.shape[:2], kv_GCK.keys_GCK.shape[:2]
-    q_1HTK = q_THK.transpose(0, 1)[None]
+    is_long = num * num_heads // groups * total >= MIN_SCORES_FOR_PRODUCTS
+    has_kernels = q_THK.dtype == torch.float32 and q_THK.device.type == "cpu"
+    if form.softcap is not None or (has_kernels and is_long and products_beat_fused()):
+        return _attend_by_products(q_THK, kv_GCK, form)
+    return _attend_fused(q_THK, kv_GCK, form)
+
+
+def _attend_fused(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm) -> torch.Tensor:
+    (num, num_heads), (groups, total) = q_THK.shape[:2], kv_GCK.keys_GCK.shape[:2]
     is_whole = num == total and (form.window is None or total <= form.window)
-    mask_TC = None if is_whole else _chunk_mask(num, total, form.window, q_THK.device)
-    if form.softcap is not None:
-        return _attend_capped(q_THK, kv_GCK, _chunk_mask(num, total, form.window, q_THK.device), form.softcap)
     out_1HTK = F.scaled_dot_product_attention(
-        q_1HTK,
+        q_THK.transpose(0, 1)[None],
         kv_GCK.keys_GCK[None],
         kv_GCK.values_GCK[None],
-        attn_mask=mask_TC,
+        attn_mask=None if is_whole else _is_seen(range(total - num, total), range(total), form.window, q_THK.device),
         is_causal=is_whole,
         enable_gqa=num_heads != groups,
     )
     return out_1HTK[0].transpose(0, 1)
 
 
-def _attend_capped(q_THK: torch.Tensor, kv_GCK: KeysValues, mask_TC: torch.Tensor, softcap: float) -> torch.Tensor:
-    (num, num_heads, size), groups = q_THK.shape, len(kv_GCK.keys_GCK)
-    q_GRTK = q_THK.transpose(0, 1).reshape(groups, num_heads // groups, num, size)
-    scores_GRTC = torch.matmul(q_GRTK * (1 / math.sqrt(size)), kv_GCK.keys_GCK[:, None].transpose(-1, -2))
-    scores_GRTC = scores_GRTC.float().div_(softcap).tanh_().mul_(softcap).masked_fill_(~mask_TC, -math.inf)
-    out_GRTK = torch.matmul(torch.softmax(scores_GRTC, -1).to(q_THK.dtype), kv_GCK.values_GCK[:, None])
-    return out_GRTK.reshape(num_heads, num, size).transpose(0, 1)
+def _attend_by_products(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm) -> torch.Tensor:
+    """Scores of some queries at a time, so few that they stay in the processor's caches, with the keys that the last of them
+    sees. Heads that share keys are rows of one product."""
+    (num, num_heads, size), (groups, total) = q_THK.shape, kv_GCK.keys_GCK.shape[:2]
+    shared = num_heads // groups
+    multiply = _multiply if q_THK.dtype == torch.float32 and q_THK.device.type == "cpu" else F.linear
+    q_GTRK = (q_THK * (1 / math.sqrt(size))).view(num, groups, shared, size).transpose(0, 1).contiguous()
+    out_TGRK = torch.empty_like(q_THK).view(num, groups, shared, size)
+    step = max(SCORE_NUMBERS // (shared * total), 1)
+    for first in range(0, num, step):
+        last = min(first + step, num)
+        positions = range(total - num + first, total - num + last)
+        start = 0 if form.window is None else max(positions.start + 1 - form.window, 0)
+        unsure = range(positions.start if form.window is None else start, positions.stop)  # keys that not all of them see
+        bias_tU = torch.zeros(len(positions), len(unsure), device=q_THK.device)
+        bias_tU.masked_fill_(~_is_seen(positions, unsure, form.window, q_THK.device), -math.inf)
+        for group in range(groups):
+            keys_CK, values_CK = (each[group, start : positions.stop] for each in kv_GCK)
+            scores_tRC = multiply(q_GTRK[group, first:last].view(-1, size), keys_CK).view(last - first, shared, -1)
+            if form.softcap is not None:
+                scores_tRC = scores_tRC.float().div_(form.softcap).tanh_().mul_(form.softcap)
+            scores_tRC[..., -len(unsure) :] += bias_tU[:, None]
+            weights_tRC = torch.softmax(scores_tRC, dim=-1).to(values_CK.dtype)
+            out = multiply(weights_tRC.flatten(0, 1), values_CK.t())
+            out_TGRK[first:last, group] = out.view(last - first, shared, size)
+    return out_TGRK.view(num, num_heads, size)
 
 
-def _chunk_mask(num: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(T, C): True where the token is seen."""
-    mask_TC = torch.ones(num, total, dtype=torch.bool, device=device).tril(total - num)
-    return mask_TC if window is None else mask_TC.triu(total - num - window + 1)
+def _multiply(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T by oneDNN, whatever the strides of W."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
+    return y
+
+
+@functools.cache
+def products_beat_fused() -> bool:
+    """Whether oneDNN's products beat torch's fused kernel, which is built on another library's, for a long chunk."""
+
+    @functools.cache
+    def operands() -> tuple[torch.Tensor, KeysValues]:
+        return torch.randn(256, 4, 64), KeysValues(torch.randn(4, 1024, 64), torch.randn(4, 1024, 64))
+
+    ways: dict[str, Callable[[], list[Call]]] = {
+        "fused": lambda: [lambda: _attend_fused(*operands(), PLAIN)],
+        "products": lambda: [lambda: _attend_by_products(*operands(), PLAIN)],
+    }
+    return quickest("attention of a chunk", ways) == "products"
+
+
+def _is_seen(queries: range, keys: range, window: int | None, device: torch.device) -> torch.Tensor:
+    """(T, C): of these positions; True where the query sees the key."""
+    queries_T, keys_C = (torch.arange(each.start, each.stop, device=device) for each in (queries, keys))
+    distances_TC = queries_T[:, None] - keys_C
+    is_seen_TC = distances_TC >= 0
+    return is_seen_TC if window is None else is_seen_TC.logical_and_(distances_TC < window)
 
 
 # --- sequences side by side -------------------------------------------------------------------------------------------

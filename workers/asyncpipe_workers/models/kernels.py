@@ -1,32 +1,23 @@
 """Matrix products in the form that this machine computes fastest.
 
-A weight that stays is given its form once, when it is loaded: as it is, or packed by oneDNN for its own kernels. Which is
-quickest differs between processors by up to three times, either way, so it is measured for each shape, in some milliseconds,
-and remembered on disk. Shapes: R rows, I inputs, O outputs.
+A weight that stays is given its form once, when it is loaded: as it is, or packed by oneDNN for its own kernels, whichever is
+quickest for its shape. Shapes: R rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from asyncpipe_workers.quickest import Call, quickest
+
 TRIED_ROWS = (1, 8, 32, 128)
-TRIALS = 4
 MAX_ROWS = 512  # beyond, both forms are bound by arithmetic
-MIN_GAIN = 0.9  # of a plain product's time: what is not quicker than that is not worth another form
 PACKED_FOR_ROWS = 32  # oneDNN chooses the layout of a packed weight for a batch; this one does well with others too
-CACHE_FILE = "kernels.json"
 
 
 class ResidentLinear(Protocol):
@@ -86,88 +77,28 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def weight_first_is_faster(dtype: torch.dtype) -> bool:
-    """Whether (W x^T)^T beats x W^T for few rows: with some processors and libraries by half, with others not. Measured once,
-    in some milliseconds."""
-    with torch.inference_mode():
-        x = torch.zeros(32, 1024, dtype=dtype)
-        weight = torch.zeros(4096, 1024, dtype=dtype)
-        return _seconds(lambda: torch.mm(weight, x.t())) < MIN_GAIN * _seconds(lambda: F.linear(x, weight))
+    """Whether (W x^T)^T beats x W^T for few rows: with some processors and libraries by half, with others not."""
 
+    @functools.cache
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(32, 1024, dtype=dtype), torch.zeros(4096, 1024, dtype=dtype)
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+    ways: dict[str, Callable[[], list[Call]]] = {
+        "rows first": lambda: [lambda: F.linear(*operands())],
+        "weight first": lambda: [lambda: torch.mm(operands()[1], operands()[0].t())],
+    }
+    return quickest(f"{dtype}", ways) == "weight first"
 
 
 def quickest_form(forms: Mapping[str, LinearMaker], shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """The name of the form that is best over small and large batches. The first one is preferred where others gain little."""
-    key = f"{'|'.join(forms)} {dtype} {shape[0]}x{shape[1]} {torch.get_num_threads()} threads"
-    choices = _remembered()
-    if choices.get(key) not in forms:
-        choices[key] = _measured(forms, shape, dtype)
-        _remember(key, choices[key])
-    return choices[key]
+    """The name of the form that is best over few and many rows."""
 
+    @functools.cache
+    def weight() -> torch.Tensor:
+        return torch.randn(shape).mul_(0.02).to(dtype)
 
-@torch.inference_mode()
-def _measured(forms: Mapping[str, LinearMaker], shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    weight = torch.randn(shape).mul_(0.02).to(dtype)
-    times: dict[str, list[float]] = {}
-    for name, form in forms.items():
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # not on this processor, or not in this build of torch
-            linear = form(weight, None)
-            times[name] = [_seconds(functools.partial(linear, torch.randn(rows, shape[1]).to(dtype))) for rows in TRIED_ROWS]
-    first = next(iter(times))
-    relative = {
-        name: statistics.geometric_mean(own / other for own, other in zip(each, times[first], strict=True))
-        for name, each in times.items()
-    }
-    best = min(relative, key=relative.__getitem__)
-    return best if relative[best] < MIN_GAIN else first
+    def calls(form: LinearMaker) -> list[Call]:
+        linear = form(weight(), None)
+        return [functools.partial(linear, torch.randn(rows, shape[1]).to(dtype)) for rows in TRIED_ROWS]
 
-
-def _seconds(call: Callable[[], torch.Tensor]) -> float:
-    """The best of some trials, the first of which warms up."""
-    times = []
-    for _ in range(TRIALS):
-        start_s = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start_s)
-    return min(times[1:])
-
-
-def _cache_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asyncpipe" / CACHE_FILE
-
-
-@functools.cache
-def _machine() -> str:
-    """Processor and library: what was measured with others says nothing."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{processor}, torch {torch.__version__}"
-
-
-@functools.cache
-def _remembered() -> dict[str, str]:
-    return _read_cache().get(_machine(), {})
-
-
-def _read_cache() -> dict[str, dict[str, str]]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(_cache_path().read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all(isinstance(each, dict) for each in found.values()):
-            return found
-    return {}
-
-
-def _remember(key: str, choice: str) -> None:
-    """For the next start. Where it cannot be written, that one measures again."""
-    cache = _read_cache()
-    cache.setdefault(_machine(), {})[key] = choice
-    path = _cache_path()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(cache, indent=1), encoding="utf-8")
-        partial.replace(path)
+    return quickest(f"{dtype} {shape[0]}x{shape[1]}", {name: functools.partial(calls, form) for name, form in forms.items()})
