@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from asyncpipe.control_group import group_settings
+
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory_bytes() -> int | None:
@@ -26,11 +27,7 @@ def free_disk_bytes(directory: Path) -> int:
 
 
 def _cgroup_room(otherwise: int) -> int:
-    """What is left of the limit of this process's control group (version 2)."""
-    try:
-        group = CGROUP / Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2].lstrip("/")
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return otherwise
-    return otherwise if limit == "max" else max(int(limit) - used, 0)
+    """What is left of the limits of this process's control group and of those around it."""
+    limits = zip(group_settings("memory.max"), group_settings("memory.current"), strict=False)
+    rooms = [max(int(limit) - int(used), 0) for limit, used in limits if limit.isdigit() and used.isdigit()]
+    return min(rooms, default=otherwise)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from asyncpipe.cores import PIN_MODES, cpus_of_stages, find_cores
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import MAX_BATCHES, QUANTIZE_FORMS, Placement, Policy
 from asyncpipe.simulation import Simulation, is_simulation
@@ -49,6 +50,7 @@ class ServiceConfig:
     quantize: str | None = None  # the form in which matrices are multiplied: int8 or int4; None: in dtype
     device: str = "cpu"
     threads_per_stage: int | None = None  # None: the machine's cores, shared out
+    pin: str = "auto"  # which cores a stage keeps to: auto, cores or off (asyncpipe.cores)
     max_restarts: int = 3  # of the whole pipeline, within restart_period_s; 0: the first loss is the end
     restart_period_s: float = 60.0
     join_timeout_s: float = 60.0
@@ -63,6 +65,9 @@ class ServiceConfig:
             _check_range("--threads-per-stage", self.threads_per_stage, low=1, high=1024)
         _check_range("--max-sequences", self.micro_batch_sequences, low=1, high=MAX_SEQUENCES)
         _check_range("--max-step-tokens", self.step_tokens, low=1, high=MAX_CONTEXT_TOKENS)
+        if self.pin not in PIN_MODES:
+            raise Invalid(f"--pin {self.pin}: use one of {', '.join(PIN_MODES)}")
+        _ = self.cpus  # raises Invalid where there are too few
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
         self._check_quantize()
@@ -79,8 +84,8 @@ class ServiceConfig:
             return
         if self.quantize not in QUANTIZE_FORMS:
             raise Invalid(f"--quantize {self.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
-        if self.simulation is not None or self.device.startswith("cuda"):
-            raise Invalid(f"--quantize {self.quantize} is for CPUs, not for --device {self.device}")
+        if self.simulation is not None:
+            raise Invalid(f"--quantize {self.quantize} is for weights, and --device {self.device} has none")
         if self.moves_weights or self.device_memory is not None:
             raise Invalid(
                 f"--quantize {self.quantize} keeps all weights where they are multiplied; for weights on other tiers, and for"
@@ -116,7 +121,20 @@ class ServiceConfig:
     @property
     def threads(self) -> int:
         """Compute threads of one stage, so that the stages of this machine together use its cores once."""
-        return self.threads_per_stage or max(1, usable_cores() // self.num_stages)
+        return self.threads_per_stage or max(1, find_cores().count // self.num_stages)
+
+    @property
+    def oversubscribes(self) -> bool:
+        """Whether more threads were asked for than there are cores."""
+        wanted = self.num_stages * (self.threads_per_stage or 1)
+        return self.device == "cpu" and self.threads > 1 and wanted > find_cores().count
+
+    @property
+    def cpus(self) -> list[tuple[int, ...]] | None:
+        """That each stage keeps to; None: any."""
+        if self.device != "cpu":
+            return None
+        return cpus_of_stages(find_cores(), self.pin, num_stages=self.num_stages, threads=self.threads)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -161,11 +179,6 @@ class ServiceConfig:
     def device_of(self, stage: int) -> str:
         """`cuda` gives stage k the card k; anything else is every stage's device."""
         return f"cuda:{stage}" if self.device == "cuda" else self.device
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_range(flag: str, value: int, *, low: int, high: int) -> None:

@@ -68,6 +68,8 @@ def add_model_options(parser: Parser) -> None:
         help="multiply in int8 (faster; CPUs) or with 4-bit weights (smallest); kept for the next start (default: --dtype)",
     )
     parser.option("--threads-per-stage", type=int, metavar="T", help="compute threads (default: the cores, shared out)")
+    pin_help = "keep stages to NUMA nodes, or each thread to a core of its own (default: auto: to nodes if there are several)"
+    parser.option("--pin", default="auto", metavar="auto|cores|off", help=pin_help)
     add_policy_options(parser)
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
@@ -146,6 +148,7 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         model_impl=arguments.model_impl,
         quantize=arguments.quantize,
         threads_per_stage=arguments.threads_per_stage,
+        pin=arguments.pin,
     )
 
 

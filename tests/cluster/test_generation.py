@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from asyncpipe import Client, Invalid, connect
+from asyncpipe.cores import find_cores
 from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import FinishReason
 from asyncpipe_coordinator.config import ServiceConfig
@@ -58,6 +60,17 @@ def test_tokens_equal_hugging_face_for_every_number_of_stages_and_micro_batches(
             return await generate_all(client, prompts)
 
     assert run(scenario(), timeout_s=60) == reference(checkpoint, 11)
+
+
+@pytest.mark.skipif(find_cores().count < 2, reason="two stages need two cores for that")
+def test_pinned_stages_have_cores_of_their_own(checkpoint: Path) -> None:
+    async def scenario() -> list[set[int]]:
+        async with serving(checkpoint, num_stages=2, pin="cores") as client:
+            await generate_all(client, distinct_prompts(2))
+            return [os.sched_getaffinity(stage.pid) for stage in (await client.status()).stages]
+
+    first, second = run(scenario(), timeout_s=60)
+    assert first and second and not first & second
 
 
 @pytest.mark.parametrize(

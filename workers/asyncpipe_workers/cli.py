@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from asyncpipe.actors import ActorSystem
+from asyncpipe.cores import cpu_list, parse_cpu_list
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
 from asyncpipe.simulation import Simulation, is_simulation
@@ -59,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="which of the coordinator's workers this is (ASYNCPIPE_SLOT; default: 0)",
     )
     parser.add_argument(
+        "--cpus",
+        metavar="LIST",
+        default=env.get("ASYNCPIPE_CPUS"),
+        help="keep to these, like 0-3,8 (ASYNCPIPE_CPUS; default: any)",
+    )
+    parser.add_argument(
         "--log-level",
         default=env.get("ASYNCPIPE_LOG_LEVEL", "warning"),
         choices=["debug", "info", "warning", "error"],
@@ -76,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         check_arguments(arguments)
+        keep_to_cpus(arguments.cpus)
         return run(functools.partial(work, arguments))
     except Invalid as error:
         print(f"asyncpipe-worker: error: {error}", file=sys.stderr)
@@ -97,6 +105,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for package in ("torch", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise Invalid(f"a worker needs {package}, which is not installed: pip install 'asyncpipe-runtime[worker]'")
+
+
+def keep_to_cpus(cpus: str | None) -> None:
+    """Before any thread is started and any memory is touched, so that both are where these CPUs are. Raises Invalid."""
+    if cpus is None:
+        return
+    try:
+        os.sched_setaffinity(0, parse_cpu_list(cpus))
+    except (ValueError, OverflowError):
+        raise Invalid(f"--cpus {cpus}: give a list like 0-3,8") from None
+    except OSError as error:
+        raise Invalid(f"--cpus {cpus}: {error.strerror}; this process may use {cpu_list(os.sched_getaffinity(0))}") from None
+    except AttributeError:
+        raise Invalid("--cpus works on Linux only") from None
 
 
 async def work(arguments: argparse.Namespace) -> int:

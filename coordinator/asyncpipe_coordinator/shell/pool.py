@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from asyncpipe.actors import ActorRef
+from asyncpipe.cores import cpu_list, find_cores
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, StageLost
 from asyncpipe.errors import Timeout as DeadlinePassed
 from asyncpipe.process import ChildProcess
@@ -86,7 +87,11 @@ class WorkerPool:
 
     async def start(self) -> None:
         """Raises Invalid for what a worker found wrong, StageLost when one died, Timeout when one was too slow."""
-        for stage in range(self.config.num_stages):
+        config = self.config
+        if config.oversubscribes:
+            what = f"{config.num_stages} stages of {config.threads} threads"
+            log.warning("%s share %d cores, and wait for each other: use fewer --threads-per-stage", what, find_cores().count)
+        for stage in range(config.num_stages):
             self.workers.append(await self._spawn(stage))
         for worker in self.workers:
             worker.join = await self._await_join(worker)
@@ -136,6 +141,8 @@ class WorkerPool:
         config = self.config
         argv = [sys.executable, "-m", "asyncpipe_workers"]
         argv += ["--coordinator", self.address, "--slot", str(stage), "--device", config.device_of(stage)]
+        if (cpus := config.cpus) is not None:
+            argv += ["--cpus", cpu_list(cpus[stage])]
         env = os.environ | {
             "ASYNCPIPE_TOKEN": self.token,
             "OMP_NUM_THREADS": str(config.threads),
