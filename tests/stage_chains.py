@@ -11,7 +11,9 @@ from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.stage_model import StageModel
 
 
-def load_chain(path: Path, split: tuple[int, ...], dtype: str = "float32", **plan: Any) -> list[StageModel]:
+def load_chain(
+    path: Path, split: tuple[int, ...], dtype: str = "float32", *, device: str = "cpu", **plan: Any
+) -> list[StageModel]:
     """One stage for each entry of `split`; `plan` are more fields of LoadStage."""
     bounds = [sum(split[:stage]) for stage in range(len(split) + 1)]
     return [
@@ -29,7 +31,8 @@ def load_chain(path: Path, split: tuple[int, ...], dtype: str = "float32", **pla
                 kv_block_tokens=16,
                 kv_bytes=64 << 20,
                 **({"max_context_len": 160} | plan),
-            )
+            ),
+            device=device,
         )
         for stage in range(len(split))
     ]

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncpipe.errors import Invalid
 from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
-from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears
+from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, Int8MatrixLinear, QuantizedLinears
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 
 CPU = torch.device("cpu")
@@ -93,13 +92,22 @@ def test_int4_multiplies_what_its_codec_would_unpack() -> None:
 @pytest.mark.parametrize("shape", [(90, 128), (96, 100)])
 def test_int4_of_shapes_that_its_kernel_lacks_is_computed_in_int8(shape: tuple[int, int]) -> None:
     weight, x = numbers(*shape), numbers(5, shape[1], seed=2)
-    found = QuantizedLinears(GroupCodec(64), CPU)(weight, None)(x)
+    found = QuantizedLinears(GroupCodec(64), CPU, torch.float32)(weight, None)(x)
     assert relative_error(found, torch.nn.functional.linear(x, weight)) < 0.1
 
 
-def test_quantized_products_are_for_cpus() -> None:
-    with pytest.raises(Invalid, match="on CPUs only"):
-        QuantizedLinears(RowCodec(), torch.device("cuda"))
+@pytest.mark.parametrize("rows", [0, 1, 9, 40])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_of_plain_tensors_multiplies_what_its_codec_would_unpack(rows: int, has_bias: bool) -> None:
+    """The form for GPUs, whose product of integers CPUs have too."""
+    weight, bias, x = numbers(96, 64), numbers(96, seed=1) if has_bias else None, numbers(rows, 64, seed=2)
+    x[3:4] *= 1000
+    packed = RowCodec().encode(weight)
+    linear = Int8MatrixLinear(packed, 64, bias)
+    found, expected = linear(x), torch.nn.functional.linear(x, RowCodec().decode(packed, 64, dtype=torch.float32), bias)
+    assert found.shape == (rows, 96)
+    assert all(relative_error(found[row], expected[row]) < 0.02 for row in range(rows))
+    assert all(torch.equal(linear(x[row : row + 1])[0], found[row]) for row in range(rows))
 
 
 def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> None:

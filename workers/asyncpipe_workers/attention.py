@@ -212,7 +212,7 @@ def groups_of(layout: StepLayout, window: int | None, most_padding: int) -> list
     """The step's continuing rows, together where their slots are neighbours and their lengths alike; found once in a step."""
     groups = layout.groups.get(window)
     if groups is None:
-        groups = layout.groups[window] = group_rows(layout.rows, window, most_padding, layout.slots_B.device)
+        groups = layout.groups[window] = group_rows(layout.rows, window, most_padding, layout.positions_T.device)
     return groups
 
 

@@ -6,6 +6,7 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.messages import Delta, Opened
+from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import Member, Row, Span, StepLayout
 from asyncpipe_workers.memory.kv import KVCache
 from asyncpipe_workers.sampling import Sampler
@@ -87,8 +88,7 @@ class StageSequences:
     def _layout(
         self, delta: Delta, rows: list[Row], spans: list[Span], *, sampled: list[Member], sampled_rows: list[int]
     ) -> StepLayout:
-        token_ids, places = list(delta.token_ids), [row.length - 1 for row in rows]
-        positions = list(places)
+        token_ids, positions = list(delta.token_ids), [row.length - 1 for row in rows]
         prompt_lens = [member.sampler.num_prompt for member in sampled[: len(rows)]]
         for span in spans:
             end = span.position + span.end - span.start
@@ -97,16 +97,11 @@ class StageSequences:
             prompt_lens += [span.member.sampler.num_prompt] * (end - span.position)
         return StepLayout(
             token_ids=token_ids + [0] * delta.padding,
-            positions_T=self._indices(positions + [0] * delta.padding),
+            positions_T=indices(positions + [0] * delta.padding, self._device),
             rows=rows,
-            slots_B=self._indices([row.slot for row in rows]),
-            places_B=self._indices(places),
             spans=spans,
             padding=delta.padding,
             sampled=sampled,
-            sampled_rows=self._indices(sampled_rows),
+            sampled_rows=indices(sampled_rows, self._device),
             prompt_lens=prompt_lens + [0] * delta.padding,
         )
-
-    def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -46,6 +46,14 @@ class RowGroup(NamedTuple):
     mask_N11C: torch.Tensor | None  # to be added to scores: -inf for what a row does not see; None: each sees all
 
 
+class FixedRows(NamedTuple):
+    """B sequences that go on by a token each, in tensors whose contents change from step to step, and whose shapes do not."""
+
+    positions_B: torch.Tensor  # of the new tokens
+    tables_BN: torch.Tensor  # the blocks that each one's tokens are in
+    masks: dict[int | None, torch.Tensor]  # by window, (B, 1, 1, C), once they have been computed
+
+
 class Span(NamedTuple):
     """Rows [start, end) of the step are tokens of `member`, from position `position` on."""
 
@@ -62,8 +70,6 @@ class StepLayout:
     token_ids: list[int]  # T; only the first stage looks at them
     positions_T: torch.Tensor
     rows: list[Row]  # B
-    slots_B: torch.Tensor
-    places_B: torch.Tensor  # where the new token goes
     spans: list[Span]
     padding: int
     sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
@@ -71,6 +77,7 @@ class StepLayout:
     groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
     prompt_lens: list[int] = field(default_factory=list)  # T; of each row's sequence
     rotations: dict[Rope, Rotation] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
+    fixed: FixedRows | None = None  # of all rows, in place of `rows`, when they are on the device
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -95,8 +102,6 @@ class StepLayout:
             token_ids=self.token_ids[rows],
             positions_T=self.positions_T[rows],
             rows=self.rows[continuing],
-            slots_B=self.slots_B[continuing],
-            places_B=self.places_B[continuing],
             spans=[span._replace(start=span.start - rows.start, end=span.end - rows.start) for span in spans],
             padding=padding,
             prompt_lens=self.prompt_lens[rows],

@@ -54,6 +54,7 @@ class StageMemory:
     num_params: int
     param_bytes: int
     kv_block_bytes: int
+    is_static: bool  # of the model: `Model.is_static`
     resources: contextlib.ExitStack
 
     def close(self) -> None:
@@ -122,6 +123,7 @@ class _Loader:
             num_params=num_params,
             param_bytes=tier_bytes.total,
             kv_block_bytes=shape.block_bytes,
+            is_static=self._model.is_static,
             resources=self._resources,
         )
 
@@ -154,7 +156,7 @@ class _Loader:
             return make_float_linear
         if self._plan.quantize not in QUANTIZE_FORMS:
             raise Invalid(f"quantize {self._plan.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
-        return QuantizedLinears(make_codec(QUANTIZE_FORMS[self._plan.quantize]), self._device)
+        return QuantizedLinears(make_codec(QUANTIZE_FORMS[self._plan.quantize]), self._device, self._dtype)
 
     # --- weights ---
 

@@ -13,8 +13,13 @@ from asyncpipe.errors import Invalid
 from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, LoadStage, PromptLogprobs, Step, TierReport
 from asyncpipe.wire.tensors import DType, Tensor
 from asyncpipe_workers.batch import StageSequences
+from asyncpipe_workers.decode_graph import Capture, CudaCapture, DecodeGraphs, GraphedSweep, graphs_are_wanted
 from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
+from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.memory.activations import DeviceActivations
+from asyncpipe_workers.memory.kv import PagedKV
+from asyncpipe_workers.memory.weights import ResidentWeights
 from asyncpipe_workers.output import ArrivedStep, StageOutput
 from asyncpipe_workers.sampling import sample, score
 from asyncpipe_workers.stage_memory import StageMemory, load_stage_memory
@@ -45,7 +50,11 @@ class StageModel:
         self._is_first = memory.units.embedding is not None
         self._is_last = memory.units.head_input is not None
         self._sequences = StageSequences(memory.cache, device=memory.device, eos_token_ids=eos_token_ids)
-        self._sweep = Sweep(memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap)
+        self._sweep: Sweep | GraphedSweep = Sweep(
+            memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap
+        )
+        if graphs_are_wanted(memory.device):
+            self.use_graphs(CudaCapture(memory.device))
         self._batch_rows = CPU_BATCH_ROWS if memory.device.type == "cpu" else MAX_CONTEXT_TOKENS
         self._grouping: Grouping = OneByOne()
         if memory.policy.moves_weights:
@@ -66,6 +75,23 @@ class StageModel:
             eos_token_ids=frozenset(plan.eos_token_ids),
             is_whole_pipeline=plan.num_stages == 1,
         )
+
+    def use_graphs(self, capture: Capture) -> None:
+        """For steps that only continue sequences, if all that they need is on the device and of shapes that stay."""
+        memory, sweep = self._memory, self._sweep
+        if not (memory.is_static and isinstance(memory.cache, PagedKV) and isinstance(sweep, Sweep)):
+            return
+        if isinstance(memory.weights, ResidentWeights) and isinstance(memory.activations, DeviceActivations):
+            graphs = DecodeGraphs(
+                memory.units,
+                memory.weights,
+                memory.cache,
+                hidden_size=self._hidden_size,
+                dtype=memory.dtype,
+                device=memory.device,
+                capture=capture,
+            )
+            self._sweep = GraphedSweep(sweep, graphs)
 
     @property
     def tiers(self) -> TierReport:
@@ -126,7 +152,7 @@ class StageModel:
 
     def _input(self, step: Step, layout: StepLayout) -> torch.Tensor:
         if self._is_first:
-            return torch.tensor(layout.token_ids, dtype=torch.long, device=self._device)
+            return indices(layout.token_ids, self._device)
         shape = (len(layout), self._hidden_size)
         if step.hidden is None or step.hidden.shape != shape:
             found = None if step.hidden is None else step.hidden.shape

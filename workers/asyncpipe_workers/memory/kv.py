@@ -23,8 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend
-from asyncpipe_workers.layout import RowGroup, StepLayout
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_rows
+from asyncpipe_workers.indices import indices
+from asyncpipe_workers.layout import FixedRows, RowGroup, StepLayout
 
 CALL_BYTES = 512 << 10  # that a core reads while it could call another kernel
 PAGE_BYTES = mmap.PAGESIZE
@@ -229,8 +230,11 @@ class PagedKV:
         self._free_blocks = list(range(num_blocks))[::-1]
         self._tables: list[list[int]] = [[] for _ in range(shape.max_sequences)]
         self._device = device
-        size_NHTK = (num_blocks, shape.num_heads, shape.block_tokens, shape.head_size)
-        pools = [torch.empty(size_NHTK, dtype=shape.dtype, device=device) for _ in range(2 * shape.num_layers)]
+        self._indices_of: dict[Any, torch.Tensor] = {}  # of this step
+        self.scratch_block = num_blocks  # nobody's: rows of padding write there
+        size_NHTK = (num_blocks + 1, shape.num_heads, shape.block_tokens, shape.head_size)
+        # Zeros, for what lies behind a mask is still multiplied, by zero: it must be numbers.
+        pools = [torch.zeros(size_NHTK, dtype=shape.dtype, device=device) for _ in range(2 * shape.num_layers)]
         self._keys, self._values = pools[: shape.num_layers], pools[shape.num_layers :]
 
     def open(self) -> int:
@@ -242,10 +246,20 @@ class PagedKV:
         self._tables[slot] = []
 
     def reserve(self, slot: int, length: int) -> None:
+        self._indices_of.clear()
         for _ in range(self._slots.grow(slot, length)):
             self._tables[slot].append(self._free_blocks.pop())
 
+    def table(self, slot: int) -> Sequence[int]:
+        """The slot's blocks, in the order of its tokens."""
+        return self._tables[slot]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
     def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
+        if layout.fixed is not None:
+            return self._attend_fixed(layer, qkv, layout.fixed, form)
         return attend(qkv, layout, self, layer, form)
 
     def prefetch(self, layer: int, layout: StepLayout) -> None:
@@ -254,15 +268,15 @@ class PagedKV:
     def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
         tables = self._tables[group.first_slot : group.first_slot + group.num]
         places = zip(tables, group.newest, strict=True)
-        blocks_N = self._indices([table[place // self._block_tokens] for table, place in places])
-        offsets_N = self._indices([place % self._block_tokens for place in group.newest])
+        blocks_N = self._indices(tuple(table[place // self._block_tokens] for table, place in places))
+        offsets_N = self._indices(tuple(place % self._block_tokens for place in group.newest))
         self._keys[layer][blocks_N, :, offsets_N] = kv_NGK[0]
         self._values[layer][blocks_N, :, offsets_N] = kv_NGK[1]
 
     def write_span(self, layer: int, slot: int, start: int, kv_THK: KeysValues) -> None:
         positions = range(start, start + len(kv_THK[0]))
-        blocks_T = self._indices([self._tables[slot][position // self._block_tokens] for position in positions])
-        offsets_T = self._indices([position % self._block_tokens for position in positions])
+        blocks_T = self._indices(tuple(self._tables[slot][position // self._block_tokens] for position in positions))
+        offsets_T = self._indices(tuple(position % self._block_tokens for position in positions))
         self._keys[layer][blocks_T, :, offsets_T] = kv_THK[0]
         self._values[layer][blocks_T, :, offsets_T] = kv_THK[1]
 
@@ -270,15 +284,40 @@ class PagedKV:
         """A sequence that is shorter than others is padded with any of its blocks."""
         first, last = places.start // self._block_tokens, -(-places.stop // self._block_tokens)
         tables = [self._tables[slot] for slot in range(slots.start, slots.stop)]
-        blocks_SN = self._indices([[table[min(n, len(table) - 1)] for n in range(first, last)] for table in tables])
+        blocks_SN = self._indices(tuple(tuple(table[min(n, len(table) - 1)] for n in range(first, last)) for table in tables))
         within = slice(places.start - first * self._block_tokens, places.stop - first * self._block_tokens)
         return KeysValues(*(self._gathered(pools[layer], blocks_SN, within) for pools in (self._keys, self._values)))
 
     def _gathered(self, pool_NHTK: torch.Tensor, blocks_SN: torch.Tensor, within: slice) -> torch.Tensor:
         return pool_NHTK[blocks_SN].transpose(1, 2).flatten(2, 3)[:, :, within]
 
-    def _indices(self, values: Sequence[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+    def _attend_fixed(self, layer: int, qkv: QKV, rows: FixedRows, form: AttentionForm) -> torch.Tensor:
+        """Without a look at a number, so that a graph of it can be replayed with others."""
+        blocks_B = rows.tables_BN.gather(1, (rows.positions_B // self._block_tokens)[:, None])[:, 0]
+        offsets_B = rows.positions_B % self._block_tokens
+        self._keys[layer][blocks_B, :, offsets_B] = qkv.k_TGK
+        self._values[layer][blocks_B, :, offsets_B] = qkv.v_TGK
+        if form.window not in rows.masks:
+            rows.masks[form.window] = self._fixed_mask(rows, form.window)
+        keys, values = (self._gathered(pools[layer], rows.tables_BN, slice(None)) for pools in (self._keys, self._values))
+        return attend_rows(qkv.q_THK, keys, values, rows.masks[form.window], form.softcap)
+
+    def _fixed_mask(self, rows: FixedRows, window: int | None) -> torch.Tensor:
+        """(B, 1, 1, C), to be added to scores."""
+        places_C = torch.arange(rows.tables_BN.shape[1] * self._block_tokens, device=self._device)
+        distances_BC = rows.positions_B[:, None] - places_C
+        is_seen_BC = distances_BC >= 0
+        if window is not None:
+            is_seen_BC &= distances_BC < window
+        mask_BC = torch.zeros(is_seen_BC.shape, device=self._device).masked_fill_(~is_seen_BC, -math.inf)
+        return mask_BC[:, None, None]
+
+    def _indices(self, values: tuple[Any, ...]) -> torch.Tensor:
+        """For all layers they are made once in a step."""
+        found = self._indices_of.get(values)
+        if found is None:
+            found = self._indices_of[values] = indices(values, self._device)
+        return found
 
 
 def make_kv_cache(shape: KVShape, *, num_blocks: int, device: torch.device) -> KVCache:

@@ -50,11 +50,13 @@ class Units(Protocol):
 
 
 class Model(NamedTuple):
-    """What a stage is made of. Only where it `can_stream` may its weights be anywhere."""
+    """What a stage is made of. Only where it `can_stream` may its weights be anywhere; only where it `is_static` can a step be
+    captured and replayed."""
 
     config: ModelConfig
     units: Units
     can_stream: bool = True
+    is_static: bool = False  # whether the shapes that it computes with depend on nothing but a step's
 
 
 class Family(NamedTuple):
@@ -62,6 +64,7 @@ class Family(NamedTuple):
 
     config: Callable[[dict[str, Any]], ModelConfig]
     blocks: Callable[..., Blocks] = decoder_blocks
+    is_static: bool = True
 
     def units(self, config: ModelConfig, **bounds: Any) -> StageUnits:
         """`bounds` are `stage_units`'s first, last, separate and logits_rows."""
@@ -79,8 +82,8 @@ FAMILIES = {
     "Gemma2ForCausalLM": Family(gemma2_config, gemma_blocks),
     "Gemma3ForCausalLM": Family(gemma3_config, gemma_blocks),
     "Gemma3ForConditionalGeneration": Family(gemma3_config, gemma_blocks),
-    "MixtralForCausalLM": Family(mixtral_config, moe_blocks),
-    "Qwen3MoeForCausalLM": Family(qwen3_moe_config, moe_blocks),
+    "MixtralForCausalLM": Family(mixtral_config, moe_blocks, is_static=False),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe_config, moe_blocks, is_static=False),
 }
 
 
@@ -99,7 +102,10 @@ def find_model(config_json: str, impl: str = "auto") -> Model:
             raise Invalid(f"{error}; supported: {', '.join(FAMILIES)}, and decoders with such a plan") from None
     if name is None:
         raise Invalid(f"{fields.get('architectures')} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
     try:
-        return Model(FAMILIES[name].config(fields), FAMILIES[name].units)
+        config = family.config(fields)
     except KeyError as missing:
         raise Invalid(f"config.json lacks {missing}") from None
+    has_fixed_ropes = all(rope.long_F is None for rope in getattr(config, "ropes", ()))
+    return Model(config, family.units, is_static=family.is_static and has_fixed_ropes)

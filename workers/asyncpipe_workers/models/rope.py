@@ -6,6 +6,7 @@ the first 2F of a head's numbers are turned, number i together with number i + F
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,12 +47,19 @@ class Rope:
 
     def _rotation(self, layout: StepLayout, dtype: torch.dtype) -> Rotation:
         positions_T1 = layout.positions_T[:, None].float()
-        angles_TF = positions_T1 * self.inverse_F.to(positions_T1.device)
-        if self.long_F is not None:
+        inverse_F, long_F = _on_device(self, positions_T1.device)
+        angles_TF = positions_T1 * inverse_F
+        if long_F is not None:
             is_long_T1 = torch.tensor(layout.prompt_lens, device=positions_T1.device)[:, None] > self.short_len
-            angles_TF = torch.where(is_long_T1, positions_T1 * self.long_F.to(positions_T1.device), angles_TF)
+            angles_TF = torch.where(is_long_T1, positions_T1 * long_F, angles_TF)
         cos_TF, sin_TF = (angles_TF.cos() * self.scale).to(dtype), (angles_TF.sin() * self.scale).to(dtype)
         return Rotation(torch.cat([cos_TF, cos_TF], dim=-1)[:, None], sin_TF[:, None])
+
+
+@functools.cache
+def _on_device(rope: Rope, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its frequencies, brought there once."""
+    return rope.inverse_F.to(device), None if rope.long_F is None else rope.long_F.to(device)
 
 
 def rotate(x_TNK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
