@@ -58,13 +58,10 @@ class Compression:
             raise Invalid(f"compression in groups of {self.group_size}: use an even number from 2 to 4096")
 
     def packed_bytes(self, size: int) -> int:
-        """Of a row of `size` numbers, in 4 bits in whole groups."""
-        return size + ROW_HEADER_BYTES if self.num_bits == 8 else packed_bytes(size, self.group_size)
-
-
-def packed_bytes(size: int, group_size: int) -> int:
-    """Of a row of `size` numbers in 4 bits, in whole groups, with each group's scale and minimum."""
-    return -(-size // group_size) * (group_size // 2 + GROUP_HEADER_BYTES)
+        """Of a row of `size` numbers, in 4 bits in whole groups, with what each row or group has beside its codes."""
+        if self.num_bits == 8:
+            return size + ROW_HEADER_BYTES
+        return -(-size // self.group_size) * (self.group_size // 2 + GROUP_HEADER_BYTES)
 
 
 QUANTIZE_FORMS = {"int8": Compression(num_bits=8), "int4": Compression(num_bits=4)}

@@ -1,10 +1,12 @@
-"""What the names of a checkpoint's tensors say."""
+"""What the names of a checkpoint's files and tensors say."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
+MANIFEST = "asyncpipe.json"  # of a checkpoint that `convert` has made
+QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that `convert` has stored in few bits, as rows of bytes
 PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "transformer.")
 
 _LAYER = re.compile(r"(?:decoder\.)?(?:layers|h)\.(\d+)\.(.+)")
@@ -26,6 +28,10 @@ def plain_name(stored_name: str) -> str:
     """Without what causal language models put before a decoder's names: "layers.0.mlp.up_proj.weight"."""
     prefix = next((each for each in PREFIXES if stored_name.startswith(each)), "")
     return stored_name.removeprefix(prefix)
+
+
+def quantized_suffix(num_bits: int) -> str:
+    return f".q{num_bits}"
 
 
 def layer_name(name: str) -> LayerName | None:

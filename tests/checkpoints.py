@@ -88,6 +88,13 @@ def reference_generate(directory: Path, prompts: list[list[int]], *, max_new_tok
     from transformers import OPTForCausalLM
 
     model = OPTForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return greedy_tokens(model, prompts, max_new_tokens=max_new_tokens)
+
+
+def greedy_tokens(model: Any, prompts: list[list[int]], *, max_new_tokens: int) -> list[list[int]]:
+    """What transformers' `model` continues each prompt with, by itself, end-of-sequence ignored."""
+    import torch
+
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -95,7 +102,6 @@ def reference_generate(directory: Path, prompts: list[list[int]], *, max_new_tok
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            min_new_tokens=None,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=1,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.checkpoints import greedy_tokens
+
 WINDOW = 12  # shorter than most prompts
 CONTEXT = 160
 
@@ -148,21 +150,7 @@ def reference_logits(directory: Path, prompts: list[list[int]]) -> list[Any]:
 
 def reference_tokens(directory: Path, prompts: list[list[int]], *, max_new_tokens: int) -> list[list[int]]:
     """Hugging Face's greedy continuation of each prompt by itself, in float32, end-of-sequence ignored."""
-    import torch
-
-    model, outputs = _load(directory), []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=1,
-        )
-        outputs.append(out[0, len(prompt) :].tolist())
-    return outputs
+    return greedy_tokens(_load(directory), prompts, max_new_tokens=max_new_tokens)
 
 
 def _load(directory: Path) -> Any:

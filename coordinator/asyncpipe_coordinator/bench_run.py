@@ -27,6 +27,7 @@ from asyncpipe_coordinator.core.commands import Command
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.sequences import MicroBatch
+from asyncpipe_coordinator.generate import open_service
 from asyncpipe_coordinator.service import Service
 from asyncpipe_coordinator.shell.coordinator import Tick
 
@@ -90,16 +91,9 @@ class GatedService(Service):
 @contextlib.asynccontextmanager
 async def open_gated(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[GatedService]:
     """Like `generate.open_service`."""
-    with _bar(2 * config.num_stages, "starting", "step", quiet=quiet) as bar:
-
-        def advance(what: str, *, steps: int = 1) -> None:
-            bar.set_postfix_str(what)
-            bar.update(steps)
-
-        async with GatedService.open(config, on_progress=advance) as service:
-            assert isinstance(service, GatedService)  # noqa: S101 - `open` makes one of its class
-            bar.close()
-            yield service
+    async with open_service(config, quiet=quiet, kind=GatedService) as service:
+        assert isinstance(service, GatedService)  # noqa: S101 - `open` makes one of its class
+        yield service
 
 
 @dataclass(slots=True, kw_only=True)

@@ -70,7 +70,7 @@ CONVERT_EPILOG = """examples:
   asyncpipe-coordinator convert facebook/opt-1.3b ./opt-1.3b                      quicker to load, and to read in place
   asyncpipe-coordinator convert ./opt-30b ./opt-30b-4bit --compress-weight        a quarter of the bytes
   asyncpipe-coordinator convert ./opt-1.3b-np ./opt-1.3b --dtype float16 --json   FlexLLMGen's weights
-  asyncpipe-coordinator convert ./opt-1.3b ./opt-1.3b-int8 --quantize int8                 for generate --quantize int8
+  asyncpipe-coordinator convert ./opt-1.3b ./opt-1.3b-int8 --quantize int8        for generate --quantize int8
   asyncpipe-coordinator convert ./opt-30b-4bit --verify                           are all files as they were written?
 
 MODEL may be any form of checkpoint. TARGET becomes a Hugging Face checkpoint, with one file for each layer. It appears whole

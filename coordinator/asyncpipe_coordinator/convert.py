@@ -20,7 +20,7 @@ from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.policy import QUANTIZE_FORMS, Compression
 from asyncpipe.process import ChildProcess
 from asyncpipe_coordinator.config import DTYPES
-from asyncpipe_coordinator.model_files import inspect_model, resolve_model
+from asyncpipe_coordinator.model_files import ModelInfo, inspect_model, resolve_model
 
 WORKER = "asyncpipe_workers.convert"
 WORKER_ERROR = f"python -m {WORKER}: error: "
@@ -44,16 +44,20 @@ def worker_arguments(arguments: argparse.Namespace) -> list[str]:
         raise Invalid("TARGET is needed: the directory to make")
     if arguments.dtype not in DTYPES:
         raise Invalid(f"--dtype {arguments.dtype}: use one of {', '.join(DTYPES)}")
-    argv = ["--dtype", arguments.dtype]
-    if compression := _compression(arguments):
+    flags = ["--dtype", arguments.dtype, *(["--overwrite"] if arguments.overwrite else [])]
+    compression = _compression(arguments)
+    model = inspect_model(resolve_model(arguments.model))
+    return [*flags, *conversion_arguments(model, Path(arguments.target).expanduser(), compression)]
+
+
+def conversion_arguments(model: ModelInfo, target: Path, compression: Compression | None) -> list[str]:
+    """What the worker process is told of `model`, and of what to make of it."""
+    argv = []
+    if compression is not None:
         argv += ["--compress-weight", "--num-bits", str(compression.num_bits), "--group-size", str(compression.group_size)]
-    if arguments.overwrite:
-        argv.append("--overwrite")
-    source = resolve_model(arguments.model)
-    info = inspect_model(source)
-    if not (source / "config.json").is_file():  # a weight directory of FlexLLMGen's
-        argv += ["--config", msgspec.json.encode(info.config).decode()]
-    return [*argv, "--", str(source), str(Path(arguments.target).expanduser())]
+    if not (model.path / "config.json").is_file():  # a weight directory of FlexLLMGen's
+        argv += ["--config", msgspec.json.encode(model.config).decode()]
+    return [*argv, "--", str(model.path), str(target)]
 
 
 def _compression(arguments: argparse.Namespace) -> Compression | None:

@@ -9,36 +9,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from asyncpipe.cache_dir import cache_dir
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import QUANTIZE_FORMS, Compression
+from asyncpipe.tensor_names import MANIFEST
 from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.convert import WORKER, run_worker
+from asyncpipe_coordinator.convert import WORKER, conversion_arguments, run_worker
 from asyncpipe_coordinator.model_files import ModelInfo
-from asyncpipe_coordinator.tensor_files import MANIFEST, is_pickled
+from asyncpipe_coordinator.tensor_files import is_pickled
 
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
 
-def needs_conversion(config: ServiceConfig) -> bool:
-    """Whether stages would have to do the same work at every start: to quantize the weights, or to write those that belong on
-    disk anew, because they lie in `.bin` files or are to be compressed."""
+async def usable_checkpoint(config: ServiceConfig, model: ModelInfo, *, on_progress: Callable[[float], None]) -> Path:
+    """The configuration's, or one that is converted from it where stages would have to do the same work at every start: to
+    quantize the weights, or to write those that belong on disk anew, because they lie in `.bin` files or are to be compressed.
+
+    `on_progress` hears the share that is done. Raises Invalid, for want of room among others, where weights are on disk.
+    """
     if config.dummy_weights or config.simulation is not None:
-        return False
-    on_disk = any(policy.weights.disk for policy in config.policies)
-    return (on_disk and is_pickled(config.checkpoint)) or (
-        (on_disk or bool(config.quantize)) and _compression(config) is not None
-    )
-
-
-async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Callable[[float], None]) -> Path:
-    """The checkpoint that `convert` makes of the configuration's, made now unless it is there; `on_progress` hears the share
-    that is done. Raises Invalid, for want of room among others."""
+        return config.checkpoint
     compression = _compression(config)
+    if any(policy.weights.disk for policy in config.policies):
+        is_needed = compression is not None or is_pickled(config.checkpoint)
+        return await _converted(config, model, compression, on_progress) if is_needed else config.checkpoint
+    if config.quantize and compression is not None:
+        try:
+            return await _converted(config, model, compression, on_progress)
+        except Invalid as error:
+            log.warning("%s; the weights are quantized at every start", error)
+    return config.checkpoint
+
+
+async def _converted(
+    config: ServiceConfig, model: ModelInfo, compression: Compression | None, on_progress: Callable[[float], None]
+) -> Path:
+    """Made now unless it is there."""
     target = _directory(config) / f"{config.checkpoint.name}-{_key(config.checkpoint, compression)}"
     if (target / MANIFEST).is_file():
         return target
@@ -47,11 +55,7 @@ async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Cal
     except OSError as error:
         raise Invalid(f"cannot make {target.parent}: {error.strerror or error}; use another --offload-dir") from None
     log.info("converting %s once, to %s", config.checkpoint, target)
-    argv = [sys.executable, "-m", WORKER]
-    if compression is not None:
-        argv += ["--compress-weight", "--num-bits", str(compression.num_bits), "--group-size", str(compression.group_size)]
-    if not (config.checkpoint / "config.json").is_file():
-        argv += ["--config", msgspec.json.encode(model.config).decode()]
+    argv = [sys.executable, "-m", WORKER, *conversion_arguments(model, target, compression)]
     total = 0
 
     def on_event(event: dict[str, Any]) -> None:
@@ -62,7 +66,7 @@ async def converted(config: ServiceConfig, model: ModelInfo, *, on_progress: Cal
             on_progress(event["bytes"] / max(total, 1))
 
     try:
-        await run_worker([*argv, "--", str(config.checkpoint), str(target)], on_event)
+        await run_worker(argv, on_event)
     except Invalid:
         if not (target / MANIFEST).is_file():  # another process may have been first
             raise

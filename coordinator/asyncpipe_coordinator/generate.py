@@ -67,7 +67,7 @@ async def generate(arguments: argparse.Namespace, config: ServiceConfig) -> int:
 
 
 @contextlib.asynccontextmanager
-async def open_service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[Service]:
+async def open_service(config: ServiceConfig, *, quiet: bool, kind: type[Service] = Service) -> AsyncIterator[Service]:
     """A service whose start is shown as a bar: each stage joins, then loads."""
     with tqdm(
         total=2 * config.num_stages, desc="starting", unit="step", disable=quiet or None, leave=False, file=sys.stderr
@@ -77,7 +77,7 @@ async def open_service(config: ServiceConfig, *, quiet: bool) -> AsyncIterator[S
             bar.set_postfix_str(what)
             bar.update(steps)
 
-        async with Service.open(config, on_progress=advance) as service:
+        async with kind.open(config, on_progress=advance) as service:
             bar.close()
             yield service
 

@@ -21,7 +21,7 @@ from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe_coordinator.config import MAX_MICRO_BATCHES, ServiceConfig
-from asyncpipe_coordinator.converted import converted, needs_conversion
+from asyncpipe_coordinator.converted import usable_checkpoint
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import split_layers
@@ -114,17 +114,9 @@ class Service:
 
     async def _convert(self) -> None:
         """What cannot be read in place is, once, made into what can."""
-        if not needs_conversion(self.config):
-            return
-        try:
-            path = await converted(
-                self.config, self.model, on_progress=lambda share: self._on_progress(f"converting, {share:.0%} done", steps=0)
-            )
-        except Invalid as error:
-            if any(policy.weights.disk for policy in self.config.policies):
-                raise
-            log.warning("%s; the weights are quantized at every start", error)
-            return
+        path = await usable_checkpoint(
+            self.config, self.model, on_progress=lambda share: self._on_progress(f"converting, {share:.0%} done", steps=0)
+        )
         self.config = replace(self.config, checkpoint=path)
 
     async def _start_pool(self) -> None:

@@ -17,14 +17,12 @@ from typing import Any
 import numpy.lib.format as npy
 
 from asyncpipe.errors import Invalid
-from asyncpipe.tensor_names import plain_name
+from asyncpipe.tensor_names import QUANTIZED_SUFFIXES, plain_name
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 INDEX = "model.safetensors.index.json"
 NUMPY_EMBEDDING = "decoder.embed_tokens.weight"  # every weight directory of FlexLLMGen has it
-QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that `convert` has stored in few bits, as rows of bytes
-MANIFEST = "asyncpipe.json"  # of a checkpoint that `convert` has made
 AGAIN = "download or save it again"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,10 @@ from tests.checkpoints import distinct_prompts
 from tests.families import CONTEXT, LLAMA3, LONG, VARIANTS, make_family, make_multimodal, reference_logits, reference_tokens
 from tests.stage_chains import Chain, joining, load_chain, opened
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPLITS = [(3,), (1, 2), (1, 1, 1)]
 NUM_TOKENS = 6
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

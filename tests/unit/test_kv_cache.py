@@ -10,7 +10,7 @@ import mmap
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from asyncpipe.errors import Invalid
 from asyncpipe_workers.attention import group_rows
 from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.kv import PAGE_BYTES, ArenaKV, KeysValues, KVCache, KVShape, PagedKV, make_kv_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MakeCache = Callable[[KVShape, int], KVCache]
 PAGEMAP = Path("/proc/self/pagemap")
@@ -45,14 +47,6 @@ def paged(shape: KVShape, num_blocks: int) -> PagedKV:
 
 
 both = pytest.mark.parametrize("make_cache", [arena, paged])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def new_shape(**changes: Any) -> KVShape:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression, Policy
@@ -17,15 +15,9 @@ from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_gene
 from tests.opt_oracle import OPTOracle
 from tests.stage_chains import Chain, load_chain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_TOKENS = 10
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,18 +15,12 @@ from asyncpipe.policy import Compression
 from asyncpipe_workers.memory import quantization
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GROUP_SIZES = [32, 64, 128]
 SIZES = [1, 63, 64, 65, 80, 128, 200]
 CODE_PAIRS = bytes.fromhex("0123456789abcdef")  # 0, 1, ... 15
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def oracle_encode(row: list[float], group_size: int) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,17 +24,11 @@ from transformers.generation.logits_process import (
 from asyncpipe.wire.messages import Sampling
 from asyncpipe_workers.sampling import LIKELY, Sampled, Sampler, sample, score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL, LARGE = 60, 50_272
 ALMOST_ONE = 1 - 2.0**-53
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class SteeredSampler(Sampler):

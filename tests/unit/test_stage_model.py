@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,9 @@ from asyncpipe_workers.sampling import Sampled
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
 from tests.stage_chains import Chain, joining, load_chain, opened
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPLITS = [(4,), (2, 2), (1, 3), (2, 1, 1), (1, 1, 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,9 +15,9 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression
-from asyncpipe.tensor_names import plain_name
+from asyncpipe.tensor_names import QUANTIZED_SUFFIXES, plain_name
 from asyncpipe_workers.checkpoint_files import AGAIN, FileRange, TensorFile, open_tensor_file
-from asyncpipe_workers.manifest import QUANTIZED_SUFFIXES, check_sizes, load_manifest
+from asyncpipe_workers.manifest import check_sizes, load_manifest
 from asyncpipe_workers.numpy_weights import NumpyFile, is_numpy_directory, numpy_tensor_names
 
 __all__ = ["Checkpoint", "FileRange", "TensorInfo", "read_config"]

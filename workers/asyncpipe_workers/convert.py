@@ -27,6 +27,7 @@ import msgspec
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression
 from asyncpipe.process import die_with_parent
+from asyncpipe.tensor_names import MANIFEST
 from asyncpipe_workers.checkpoint import Checkpoint, read_config
 from asyncpipe_workers.checkpoint_files import reading
 from asyncpipe_workers.convert_files import HashedFile, cast, convert_in_chunks, write_file
@@ -39,7 +40,7 @@ from asyncpipe_workers.convert_target import (
     partial_directory,
     remove_leftovers,
 )
-from asyncpipe_workers.manifest import MANIFEST, Manifest, ManifestFile, check_checksums, check_sizes, load_manifest
+from asyncpipe_workers.manifest import Manifest, ManifestFile, check_checksums, check_sizes, load_manifest
 from asyncpipe_workers.memory.quantization import Codec, make_codec
 
 PROGRAM = "python -m asyncpipe_workers.convert"

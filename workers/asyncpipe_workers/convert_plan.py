@@ -17,11 +17,10 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe.model_shape import model_fields
 from asyncpipe.policy import Compression, is_compressible
-from asyncpipe.tensor_names import layer_name
+from asyncpipe.tensor_names import layer_name, quantized_suffix
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
-from asyncpipe_workers.manifest import quantized_suffix
 from asyncpipe_workers.memory.quantization import make_codec
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

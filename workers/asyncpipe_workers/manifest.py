@@ -10,17 +10,12 @@ import msgspec
 
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Compression
+from asyncpipe.tensor_names import MANIFEST
 from asyncpipe_workers.checkpoint_files import reading
 
-MANIFEST = "asyncpipe.json"
 FORMAT_VERSION = 1
-QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that are stored compressed
 
 _READ_BYTES = 4 << 20
-
-
-def quantized_suffix(num_bits: int) -> str:
-    return f".q{num_bits}"
 
 
 class ManifestFile(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe.errors import Invalid
-from asyncpipe.policy import ROW_HEADER_BYTES, Compression, packed_bytes
+from asyncpipe.policy import Compression
 
 MAX_CODE = 15
 MAX_ROW_CODE = 127
@@ -84,7 +84,7 @@ class RowCodec:
         return Compression(num_bits=8)
 
     def packed_size(self, size: int) -> int:
-        return size + ROW_HEADER_BYTES
+        return self.compression.packed_bytes(size)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[-1]
@@ -139,12 +139,13 @@ class GroupCodec:
         """(..., B) uint8 -> (..., padded N) and (..., G) twice."""
         self._check_packed(packed, size)
         code_bytes = self._code_bytes(size)
+        # A copy is aligned for float16; the row may not be.
         kept = packed[..., code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
         return GroupCodes(_halves_apart(packed[..., :code_bytes]), kept[..., 0::2], kept[..., 1::2])
 
     def packed_size(self, size: int) -> int:
         """Bytes of a row of `size` numbers."""
-        return packed_bytes(size, self.group_size)
+        return self.compression.packed_bytes(size)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N) of any floating-point type -> (..., B) uint8."""
@@ -213,15 +214,13 @@ class GroupCodec:
 
     def _decode(self, packed: torch.Tensor, out: torch.Tensor) -> None:
         size = out.shape[-1]
-        num_groups, code_bytes = self._num_groups(size), self._code_bytes(size)
+        num_groups = self._num_groups(size)
         shape_GS = (*out.shape[:-1], num_groups, self.group_size)
-        # A copy is aligned for float16; the row may not be.
-        kept = packed[..., code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float16)
-        kept_G2 = kept.to(torch.float32).view(*shape_GS[:-1], 2)
-        codes_GS = _halves_apart(packed[..., :code_bytes]).view(shape_GS)
+        codes, scales_G, minima_G = self.codes(packed, size)
+        codes_GS = codes.view(shape_GS)
         in_place = out.dtype == torch.float32 and size == num_groups * self.group_size
         x_GS = out.view(shape_GS).copy_(codes_GS) if in_place else codes_GS.to(torch.float32)
-        x_GS.div_(kept_G2[..., :1]).add_(kept_G2[..., 1:])
+        x_GS.div_(scales_G[..., None]).add_(minima_G[..., None])
         if not in_place:
             out.copy_(x_GS.flatten(-2)[..., :size])
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from asyncpipe.policy import is_compressible
+from asyncpipe.tensor_names import quantized_suffix
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
-from asyncpipe_workers.manifest import quantized_suffix
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
 from asyncpipe_workers.memory.quantization import Codec, make_codec
 
@@ -87,17 +87,22 @@ def _read_packed(source: TensorSource, form: StoredForm, codec: Codec) -> torch.
     """All rows in the codec's form, (n, packed bytes) uint8: as they are, if they are packed so, or packed some at a time."""
     packed = torch.empty(form.num_rows, codec.packed_size(form.row_len), dtype=torch.uint8)
     is_packed_so = form.codec is not None and form.codec.compression == codec.compression
-    row = 0
-    for rows in source.chunks(form, 0, form.num_rows):
-        target = packed[row : row + len(rows)]
+    for rows, target in _chunks_into(packed, source, form):
         if is_packed_so:
             target.copy_(rows)
         else:
             numbers = torch.empty(len(rows), form.row_len, dtype=torch.float32 if form.codec else form.dtype)
             form.unpack(rows, numbers)
             target.copy_(codec.encode(numbers))
-        row += len(rows)
     return packed
+
+
+def _chunks_into(target: torch.Tensor, source: TensorSource, form: StoredForm) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All rows as bytes, some at a time, each time with the rows of `target` that they are for."""
+    row = 0
+    for rows in source.chunks(form, 0, form.num_rows):
+        yield rows, target[row : row + len(rows)]
+        row += len(rows)
 
 
 def _rows_per_chunk(row_bytes: int) -> int:
@@ -142,10 +147,8 @@ class CheckpointSource:
         if form.codec is None and form.place is None:
             return self._checkpoint.read(name, shape)
         numbers = torch.empty(form.num_rows, form.row_len, dtype=torch.float32 if form.codec else form.dtype)
-        row = 0
-        for rows in self.chunks(form, 0, form.num_rows):
-            form.unpack(rows, numbers[row : row + len(rows)])
-            row += len(rows)
+        for rows, target in _chunks_into(numbers, self, form):
+            form.unpack(rows, target)
         return numbers.view(shape)
 
     def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:

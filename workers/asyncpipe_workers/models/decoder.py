@@ -7,7 +7,6 @@ Shapes: T rows of a step, R rows that tokens are made of, D hidden, F feed-forwa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV, AttentionForm
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm
+from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, logits
 from asyncpipe_workers.models.rope import Rope, make_rope, rope_parameters, rotate
 from asyncpipe_workers.models.units import Blocks, Layer
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
@@ -182,12 +181,6 @@ def head_input(weights: Weights, config: DecoderConfig) -> Projection:
     return config.norm(weights, "norm")
 
 
-def logits(weights: Weights, config: DecoderConfig, first: int, last: int) -> Projection:
-    """Of tokens [first, last). A tied head is the embedding."""
-    name = "embed_tokens.weight" if config.has_tied_head else "lm_head.weight"
-    return weights.head(name, first, last, of=(config.vocab_size, config.hidden_size))
-
-
 def decoder_blocks(config: DecoderConfig, **own: Callable[..., Any]) -> Blocks:
     """`own` are those that the family builds itself."""
     builders: dict[str, Callable[..., Any]] = {
@@ -197,4 +190,4 @@ def decoder_blocks(config: DecoderConfig, **own: Callable[..., Any]) -> Blocks:
         "head_input": head_input,
         "logits": logits,
     }
-    return Blocks(**{name: functools.partial(build, config=config) for name, build in (builders | own).items()})
+    return Blocks.of(config, **(builders | own))

@@ -14,6 +14,7 @@ import torch
 
 from asyncpipe_workers.models import decoder
 from asyncpipe_workers.models.decoder import DecoderConfig, Residual, SelfAttention, sliding_windows
+from asyncpipe_workers.models.layers import logits
 from asyncpipe_workers.models.rope import make_rope, rope_parameters
 from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Projection, Weights
@@ -88,7 +89,7 @@ def _feed_forward(weights: Weights, config: DecoderConfig, index: int) -> Residu
 
 
 def _logits(weights: Weights, config: DecoderConfig, first: int, last: int) -> Projection:
-    project, softcap = decoder.logits(weights, config, first, last), config.logit_softcap
+    project, softcap = logits(weights, config, first, last), config.logit_softcap
     return project if softcap is None else lambda x_RD: project(x_RD).div_(softcap).tanh_().mul_(softcap)
 
 

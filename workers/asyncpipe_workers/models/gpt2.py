@@ -18,9 +18,9 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm
+from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, logits
 from asyncpipe_workers.models.units import Blocks
-from asyncpipe_workers.models.weights import Projection, Weights
+from asyncpipe_workers.models.weights import Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +104,12 @@ class Embedding:
         return self.tokens(token_ids_T) + self.positions(positions_T)
 
 
-def _logits(weights: Weights, config: GPT2Config, first: int, last: int) -> Projection:
-    """Of tokens [first, last). A tied head is the embedding."""
-    name = "wte.weight" if config.has_tied_head else "lm_head.weight"
-    return weights.head(name, first, last, of=(config.vocab_size, config.hidden_size))
-
-
 def gpt2_blocks(config: GPT2Config) -> Blocks:
-    return Blocks(
-        embedding=functools.partial(Embedding, config=config),
-        attention=functools.partial(Attention, config=config),
-        feed_forward=functools.partial(FeedForward, config=config),
-        head_input=functools.partial(_norm, config=config, name="ln_f"),
-        logits=functools.partial(_logits, config=config),
+    return Blocks.of(
+        config,
+        embedding=Embedding,
+        attention=Attention,
+        feed_forward=FeedForward,
+        head_input=functools.partial(_norm, name="ln_f"),
+        logits=functools.partial(logits, table="wte.weight"),
     )

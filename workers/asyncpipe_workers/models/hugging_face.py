@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -45,36 +47,27 @@ _call: contextvars.ContextVar[_Call] = contextvars.ContextVar("call")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HuggingFaceConfig(ModelShape):
-    """`fields` are those of config.json."""
+    """`native` is transformers' own; `parts` are those of its base model, in order."""
 
-    fields: Mapping[str, Any]
+    native: Any
+    parts: tuple[str, ...]
 
     has_plain_attention = False  # nobody knows
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> HuggingFaceConfig:
         """Raises Invalid for a model that transformers does not know, or has no pipeline plan for."""
-        shape = ModelShape.from_fields(fields)
-        config = cls(**{name: getattr(shape, name) for name in ModelShape.__slots__}, fields=fields)
-        config.plan()
-        return config
-
-    def plan(self) -> Mapping[str, Any]:
-        """transformers' own: the parts of the base model, in order."""
-        plan = getattr(self.native(), "base_model_pp_plan", None)
-        if not plan:
-            raise Invalid(f"{self.fields.get('architectures')} is not supported: transformers has no pipeline plan for it")
-        found: Mapping[str, Any] = plan
-        return found
-
-    def native(self) -> Any:
-        """A transformers configuration."""
         from transformers import CONFIG_MAPPING
 
-        kind = str(self.fields.get("model_type"))
+        shape = ModelShape.from_fields(fields)
+        kind = str(fields.get("model_type"))
         if kind not in CONFIG_MAPPING:
             raise Invalid(f"model_type {kind!r} is not supported: this version of transformers has no pipeline plan for it")
-        return CONFIG_MAPPING[kind].from_dict(dict(self.fields))
+        native = CONFIG_MAPPING[kind].from_dict(dict(fields))
+        plan = getattr(native, "base_model_pp_plan", None)
+        if not plan:
+            raise Invalid(f"{fields.get('architectures')} is not supported: transformers has no pipeline plan for it")
+        return cls(**dataclasses.asdict(shape), native=native, parts=tuple(plan))
 
 
 def hugging_face_units(
@@ -98,7 +91,7 @@ class _Embedding:
     """Tokens to what the model's `forward` takes as `inputs_embeds`."""
 
     def __init__(self, weights: Weights, config: HuggingFaceConfig) -> None:
-        name = next(iter(config.plan()))
+        name = config.parts[0]
         self._module = getattr(_skeleton(config), name)
         _fill(self._module, f"{name}.", weights)
 
@@ -114,14 +107,14 @@ class _Layers:
         self._model = _skeleton(config)
         self._first = first
         self._config = config
-        names = list(config.plan())
+        names = config.parts
         stack = next((name for name in names if isinstance(getattr(self._model, name, None), nn.ModuleList)), None)
         if stack is None:
-            raise Invalid(f"{config.fields.get('architectures')} is not supported: its pipeline plan names no stack of layers")
+            raise Invalid(f"{config.native.architectures} is not supported: its pipeline plan names no stack of layers")
         setattr(self._model, names[0], nn.Identity())
         own = getattr(self._model, stack)[first:last]
         setattr(self._model, stack, nn.ModuleList())
-        after = names[names.index(stack) + 1 :] if last < config.num_layers else []
+        after = names[names.index(stack) + 1 :] if last < config.num_layers else ()
         for name in after:
             setattr(self._model, name, nn.Identity())
         self._model.config.num_hidden_layers = last - first
@@ -146,9 +139,9 @@ class _Layers:
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def _check_input_is_kept(self, after: list[str]) -> None:
+    def _check_input_is_kept(self, after: tuple[str, ...]) -> None:
         """Some models do something to embeddings in `forward`, which a later stage's input must not see again."""
-        replaced = {name: getattr(self._model, name) for name in list(self._config.plan())[2:] if name not in after}
+        replaced = {name: getattr(self._model, name) for name in self._config.parts[2:] if name not in after}
         for name in replaced:
             setattr(self._model, name, nn.Identity())
         probe_TD = torch.linspace(-1, 1, PROBE_TOKENS * self._config.hidden_size).view(PROBE_TOKENS, -1)
@@ -167,8 +160,8 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 def _logits(weights: Weights, config: HuggingFaceConfig) -> Projection:
     """With what some families do to them."""
-    native, of = config.native(), (config.vocab_size, config.hidden_size)
-    name = f"{next(iter(config.plan()))}.weight" if native.tie_word_embeddings else "lm_head.weight"
+    native, of = config.native, (config.vocab_size, config.hidden_size)
+    name = f"{config.parts[0]}.weight" if native.tie_word_embeddings else "lm_head.weight"
     project = weights.head(name, 0, config.vocab_size, of=of)
     factor = getattr(native, "logit_scale", None) or 1 / (getattr(native, "logits_scaling", None) or 1)
     softcap = getattr(native, "final_logit_softcapping", None)
@@ -188,8 +181,9 @@ def _skeleton(config: HuggingFaceConfig) -> Any:
     from transformers import AutoModel
 
     _register()
+    native = copy.deepcopy(config.native)  # the model keeps it, and changes it
     with _empty_parameters():
-        return AutoModel.from_config(config.native(), attn_implementation=NAME).eval()  # type: ignore[no-untyped-call]
+        return AutoModel.from_config(native, attn_implementation=NAME).eval()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -210,7 +204,7 @@ def _empty_parameters() -> Iterator[None]:
 
 
 def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
-    """Its parameters, by their names in the checkpoint; linears and embeddings become ours."""
+    """Its parameters, by their names in the checkpoint; linears become ours."""
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
             rows = [Rows(f"{prefix}{name}", child.out_features)]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from asyncpipe.model_shape import ModelShape
+from asyncpipe_workers.models.weights import Projection, Weights
+
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
     "gelu": F.gelu,
@@ -41,3 +44,9 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape[-1:], None, self.eps)
         return (normed * self.weight).to(x.dtype)
+
+
+def logits(weights: Weights, config: ModelShape, first: int, last: int, *, table: str = "embed_tokens.weight") -> Projection:
+    """Of tokens [first, last). A tied head is the embedding, `table`."""
+    name = table if config.has_tied_head else "lm_head.weight"
+    return weights.head(name, first, last, of=(config.vocab_size, config.hidden_size))

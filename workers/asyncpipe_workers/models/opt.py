@@ -7,7 +7,6 @@ E embedding, F feed-forward, V vocabulary, H heads, K head size.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +170,6 @@ def _logits(weights: Weights, config: OPTConfig, first: int, last: int) -> Proje
 
 
 def opt_blocks(config: OPTConfig) -> Blocks:
-    return Blocks(
-        embedding=functools.partial(Embedding, config=config),
-        attention=functools.partial(Attention, config=config),
-        feed_forward=functools.partial(FeedForward, config=config),
-        head_input=functools.partial(HeadInput, config=config),
-        logits=functools.partial(_logits, config=config),
+    return Blocks.of(
+        config, embedding=Embedding, attention=Attention, feed_forward=FeedForward, head_input=HeadInput, logits=_logits
     )

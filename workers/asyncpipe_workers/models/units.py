@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -67,6 +67,11 @@ class Blocks:
     feed_forward: Callable[..., Layer]
     head_input: Callable[..., Projection]
     logits: Callable[..., Projection]
+
+    @classmethod
+    def of(cls, config: object, **builders: Callable[..., Any]) -> Blocks:
+        """Of builders that take `config=` too."""
+        return cls(**{name: functools.partial(build, config=config) for name, build in builders.items()})
 
 
 class WholeLayer:
