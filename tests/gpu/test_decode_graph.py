@@ -9,7 +9,7 @@ import torch
 
 from asyncpipe_workers import decode_graph
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
-from asyncpipe_workers.models.quantized import Int4Linear, Int8MatrixLinear, QuantizedLinears
+from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears
 from asyncpipe_workers.stage_model import StageModel
 from tests.checkpoints import distinct_prompts
 from tests.families import make_family, reference_tokens
@@ -47,7 +47,7 @@ def test_steady_decode_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("rows", [1, 9, 40])
-@pytest.mark.parametrize(("codec", "form"), [(RowCodec(), Int8MatrixLinear), (GroupCodec(64), Int4Linear)])
+@pytest.mark.parametrize(("codec", "form"), [(RowCodec(), Int8Linear), (GroupCodec(64), Int4Linear)])
 def test_quantized_products_multiply_what_their_codecs_would_unpack(
     codec: RowCodec | GroupCodec, form: type[object], rows: int
 ) -> None:

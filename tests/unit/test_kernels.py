@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 
 from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+from asyncpipe_workers.models import quantized
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
-from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, Int8MatrixLinear, QuantizedLinears
+from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears, pack_all
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 
 CPU = torch.device("cpu")
@@ -52,12 +54,15 @@ def test_rows_that_lie_apart_are_one_product() -> None:
     torch.testing.assert_close(TransposedLinear((transposed[:9], transposed[9:]), bias)(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_int8_is_near_and_a_rows_result_is_its_own(has_bias: bool) -> None:
+def test_int8_is_near_and_a_rows_result_is_its_own(has_bias: bool, is_packed: bool) -> None:
     """An outlier in one row takes nothing from the others."""
     weight, bias, x = numbers(96, 64), numbers(96, seed=1) if has_bias else None, numbers(9, 64, seed=2)
     x[3] *= 1000
     linear = Int8Linear(RowCodec().encode(weight), 64, bias)
+    if is_packed:
+        linear.pack()
     found = linear(x)
     expected = torch.nn.functional.linear(x, weight, bias)
     assert all(relative_error(found[row], expected[row]) < 0.02 for row in range(9))
@@ -89,6 +94,16 @@ def test_int4_multiplies_what_its_codec_would_unpack() -> None:
     assert relative_error(linear(x), expected) < 0.01  # bfloat16
 
 
+def test_int4_is_packed_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, x = GroupCodec(64), numbers(5, 128, seed=2)
+    packed = codec.encode(numbers(208, 128))
+    whole = Int4Linear(codec, packed, 128, None)
+    monkeypatch.setattr(quantized, "INT4_PACKED_CODES", 1)
+    parts = Int4Linear(codec, packed, 128, None)
+    assert torch.equal(whole._weight, parts._weight)
+    assert torch.equal(whole(x), parts(x))
+
+
 @pytest.mark.parametrize("shape", [(90, 128), (96, 100)])
 def test_int4_of_shapes_that_its_kernel_lacks_is_computed_in_int8(shape: tuple[int, int]) -> None:
     weight, x = numbers(*shape), numbers(5, shape[1], seed=2)
@@ -98,16 +113,33 @@ def test_int4_of_shapes_that_its_kernel_lacks_is_computed_in_int8(shape: tuple[i
 
 @pytest.mark.parametrize("rows", [0, 1, 9, 40])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_int8_of_plain_tensors_multiplies_what_its_codec_would_unpack(rows: int, has_bias: bool) -> None:
-    """The form for GPUs, whose product of integers CPUs have too."""
+def test_int8_is_the_same_before_and_after_packing(rows: int, has_bias: bool) -> None:
     weight, bias, x = numbers(96, 64), numbers(96, seed=1) if has_bias else None, numbers(rows, 64, seed=2)
-    x[3:4] *= 1000
-    packed = RowCodec().encode(weight)
-    linear = Int8MatrixLinear(packed, 64, bias)
-    found, expected = linear(x), torch.nn.functional.linear(x, RowCodec().decode(packed, 64, dtype=torch.float32), bias)
-    assert found.shape == (rows, 96)
-    assert all(relative_error(found[row], expected[row]) < 0.02 for row in range(rows))
-    assert all(torch.equal(linear(x[row : row + 1])[0], found[row]) for row in range(rows))
+    linear = Int8Linear(RowCodec().encode(weight), 64, bias)
+    before = linear(x)
+    linear.pack()
+    assert linear._codes_IO is None, "there is no packed form on this processor"
+    assert torch.equal(linear(x), before)
+
+
+def test_int8_may_be_packed_while_it_multiplies() -> None:
+    x = numbers(4, 256, seed=2)
+    linears = [Int8Linear(RowCodec().encode(numbers(512, 256, seed=seed)), 256, None) for seed in range(20)]
+    expected = [linear(x) for linear in linears]
+    thread = threading.Thread(target=pack_all, args=(linears, threading.Event()))
+    thread.start()
+    while thread.is_alive():
+        assert all(torch.equal(linear(x), y) for linear, y in zip(linears, expected, strict=True))
+    assert all(torch.equal(linear(x), y) for linear, y in zip(linears, expected, strict=True))
+
+
+def test_packing_stops_when_it_is_told_to() -> None:
+    linears, stop = [Int8Linear(RowCodec().encode(numbers(96, 64)), 64, None)], threading.Event()
+    stop.set()
+    thread = threading.Thread(target=pack_all, args=(linears, stop))
+    thread.start()
+    thread.join()
+    assert linears[0]._codes_IO is not None
 
 
 def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> None:

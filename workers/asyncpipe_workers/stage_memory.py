@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +31,15 @@ from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
 from asyncpipe_workers.models.kernels import LinearMaker, make_float_linear
-from asyncpipe_workers.models.quantized import QuantizedLinears
+from asyncpipe_workers.models.quantized import QuantizedLinears, pack_all
 from asyncpipe_workers.models.registry import Model, find_model
-from asyncpipe_workers.models.units import StageUnits
+from asyncpipe_workers.models.units import StageUnits, Unit
 from asyncpipe_workers.models.weights import Resident, Wanted
 from asyncpipe_workers.sweep import sequence_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IO_THREADS = 4
+ANNOUNCED_UNITS = 2  # that the disk reads ahead of those that are being made
 KV_DISK_SHARE = 0.5  # of the free disk, when nothing else says how much
 
 
@@ -85,7 +88,7 @@ class _Loader:
         self._model = model
         self._config = model.config
         self._directory = Path(plan.offload_dir or tempfile.gettempdir())
-        self._files = DiskFiles()
+        self._files = DiskFiles(direct=self._policy.moves_weights)  # else what is read may stay in the page cache
         self._pool = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
         self._log = TransferLog()
         self._resources = contextlib.ExitStack()
@@ -161,12 +164,36 @@ class _Loader:
     # --- weights ---
 
     def _resident(self, units: StageUnits, source: TensorSource) -> tuple[WeightStore, TierBytes, int]:
-        weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=self._linear_maker())
-        store = ResidentWeights(sequence_of(units), weights)
+        make_linear = self._linear_maker()
+        weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=make_linear)
+        store = ResidentWeights(self._announced(sequence_of(units), source), weights)
+        if isinstance(make_linear, QuantizedLinears):
+            self._pack_later(make_linear)
         return store, TierBytes(device=weights.num_bytes), weights.num_params
 
+    def _announced(self, units: Sequence[Unit[Any]], source: TensorSource) -> Iterator[Unit[Any]]:
+        """Each when the disk has been told to read the next ones."""
+        groups = iter(self._groups(units, source))
+        for group in itertools.islice(groups, ANNOUNCED_UNITS):
+            self._announce(group)
+        for unit in units:
+            self._announce(next(groups, []))
+            yield unit
+
+    def _announce(self, forms: Iterable[StoredForm]) -> None:
+        for form in forms:
+            if form.place is not None:
+                self._files[form.place.path].announce(form.place.offset, form.num_rows * form.row_bytes)
+
+    def _pack_later(self, linears: QuantizedLinears) -> None:
+        stop = threading.Event()
+        thread = threading.Thread(target=pack_all, args=(linears.to_pack, stop), name="pack")
+        thread.start()
+        self._resources.callback(thread.join)
+        self._resources.callback(stop.set)
+
     def _streamed(self, units: StageUnits, source: TensorSource) -> tuple[WeightStore, TierBytes, int]:
-        groups = self._groups(self._units(separate=True), source)
+        groups = self._groups(sequence_of(self._units(separate=True)), source)
         forms = [form for group in groups for form in group]
         sized = [[Sized(form.name, form.num_rows, form.row_bytes) for form in group] for group in groups]
         storage = Storage(
@@ -187,11 +214,11 @@ class _Loader:
         num_params = sum(form.num_rows * form.row_len for form in forms)
         return weights, _total(stored.values()), num_params
 
-    def _groups(self, units: StageUnits, source: TensorSource) -> list[list[StoredForm]]:
-        """Every tensor once, in the order of its first use."""
+    def _groups(self, units: Sequence[Unit[Any]], source: TensorSource) -> list[list[StoredForm]]:
+        """Of each unit; every tensor once, in the order of its first use."""
         seen: set[str] = set()
         groups = []
-        for unit in sequence_of(units):
+        for unit in units:
             fresh = {wanted.name: wanted.shape for wanted in unit.wanted if wanted.name not in seen}
             seen |= fresh.keys()
             groups.append([source.form(name, shape) for name, shape in fresh.items()])

@@ -39,19 +39,21 @@ def new_buffer(num_bytes: int, device: torch.device = HOST) -> torch.Tensor:
 
 
 class DiskFile:
-    """A file to read ranges of, by any number of threads at once. Raises Invalid when it cannot be opened."""
+    """A file to read ranges of, by any number of threads at once; `direct` past the page cache, for what is read often and
+    would only push out what else is there. Raises Invalid when it cannot be opened."""
 
-    def __init__(self, path: Path | str, *, name: str | None = None) -> None:
+    def __init__(self, path: Path | str, *, name: str | None = None, direct: bool = True) -> None:
         self.name = name or str(path)
         self._is_closed = False
+        self._stays_cached = not direct
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise Invalid(f"cannot read {self.name}: {error.strerror}") from None
-        try:
-            self._direct_fd: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-        except OSError:  # a file system without direct reads
-            self._direct_fd = None
+        self._direct_fd: int | None = None
+        if direct:
+            with contextlib.suppress(OSError):  # of a file system without direct reads
+                self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
 
     def read(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the file's bytes from `offset` on; both in whole blocks, but for the file's end.
@@ -77,8 +79,15 @@ class DiskFile:
             count = os.preadv(self._fd, [target], offset)
         except OSError as error:
             raise Invalid(f"cannot read {self.name}: {error.strerror}") from None
-        self.forget(offset, count)
+        if not self._stays_cached:
+            self.forget(offset, count)
         return count
+
+    def announce(self, offset: int, num_bytes: int) -> None:
+        """Let the page cache begin to read what will be asked for soon."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def forget(self, offset: int, num_bytes: int) -> None:
         """Let the page cache drop what nobody will ask for soon."""
@@ -95,16 +104,18 @@ class DiskFile:
 
 
 class DiskFiles:
-    """The files that are read, opened once. Use in `with`, or `close`."""
+    """The files that are read, opened once; `direct` as of `DiskFile`, whose other reads need no alignment. Use in `with`, or
+    `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, direct: bool = True) -> None:
+        self.direct = direct
         self._files: dict[str, DiskFile] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, path: Path | str) -> DiskFile:
         with self._lock:
             if str(path) not in self._files:
-                self._files[str(path)] = DiskFile(path)
+                self._files[str(path)] = DiskFile(path, direct=self.direct)
             return self._files[str(path)]
 
     def add(self, key: str, file: DiskFile) -> None:

@@ -106,11 +106,11 @@ class RowCodec:
         return out
 
     def codes(self, packed: torch.Tensor, size: int) -> RowCodes:
-        """(..., B) uint8 -> (..., N) and (...)."""
+        """(..., B) uint8 -> (..., N), where they are, and (...)."""
         if packed.dtype != torch.uint8 or packed.shape[-1] != self.packed_size(size):
             raise Invalid(f"a tensor of {packed.dtype} and shape {tuple(packed.shape)} is no rows of {size} numbers in 8 bits")
         scales = packed[..., size:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        return RowCodes(packed[..., :size].contiguous().view(torch.int8), scales[..., 0])
+        return RowCodes(packed[..., :size].view(torch.int8), scales[..., 0])
 
 
 class GroupCodes(NamedTuple):

@@ -78,23 +78,24 @@ class TensorSource(Protocol):
         """All of it, as numbers."""
         ...
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
-        """All rows in the codec's form."""
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
+        """All rows in the codec's form, (n, packed bytes) uint8."""
         ...
 
 
-def _read_packed(source: TensorSource, form: StoredForm, codec: Codec) -> torch.Tensor:
-    """All rows in the codec's form, (n, packed bytes) uint8: as they are, if they are packed so, or packed some at a time."""
-    packed = torch.empty(form.num_rows, codec.packed_size(form.row_len), dtype=torch.uint8)
-    is_packed_so = form.codec is not None and form.codec.compression == codec.compression
-    for rows, target in _chunks_into(packed, source, form):
-        if is_packed_so:
+def _read_packed(source: TensorSource, form: StoredForm, codec: Codec, out: torch.Tensor) -> None:
+    """As they are, if they are packed so, or packed some at a time."""
+    for rows, target in _chunks_into(out, source, form):
+        if _is_packed_by(codec, form):
             target.copy_(rows)
         else:
             numbers = torch.empty(len(rows), form.row_len, dtype=torch.float32 if form.codec else form.dtype)
             form.unpack(rows, numbers)
             target.copy_(codec.encode(numbers))
-    return packed
+
+
+def _is_packed_by(codec: Codec, form: StoredForm) -> bool:
+    return form.codec is not None and form.codec.compression == codec.compression
 
 
 def _chunks_into(target: torch.Tensor, source: TensorSource, form: StoredForm) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -151,8 +152,12 @@ class CheckpointSource:
             form.unpack(rows, target)
         return numbers.view(shape)
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
-        return _read_packed(self, self.form(name, shape), codec)
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
+        form = self.form(name, shape)
+        if form.place is not None and not self._files.direct and _is_packed_by(codec, form):
+            self._files[form.place.path].read(form.place.offset, out.numpy().reshape(-1).data)
+        else:
+            _read_packed(self, form, codec, out)
 
     def _plain_form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
         place = self._checkpoint.locate(name, shape)
@@ -202,8 +207,8 @@ class DummySource:
         form = StoredForm(name, shape, self._dtype, None, None)
         return self._fill(form, 0, _new_numbers(form.num_rows * form.row_len, self._dtype)).view(shape)
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
-        return _read_packed(self, self.form(name, shape), codec)
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
+        _read_packed(self, self.form(name, shape), codec, out)
 
     def _fill(self, form: StoredForm, start: int, numbers: torch.Tensor) -> torch.Tensor:
         """With those of the tensor from number `start` on."""

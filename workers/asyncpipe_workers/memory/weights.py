@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -60,7 +60,7 @@ class ResidentWeights:
 
     buffer_bytes = 0
 
-    def __init__(self, units: Sequence[Unit[Any]], weights: Resident) -> None:
+    def __init__(self, units: Iterable[Unit[Any]], weights: Resident) -> None:
         self._blocks = [unit.build(weights) for unit in units]
 
     def acquire(self, index: int) -> Any:

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,59 +28,80 @@ ROW_LIMIT = 127.0
 ZERO_POINT = 128  # of inputs, which the kernels take as unsigned bytes
 INT4_GROUPS = (32, 64, 128, 256)  # that the kernel knows
 INT4_OUTPUTS = 16  # it works on so many rows of the weight at once
+INT4_BLOCK = 64  # of rows of the weight that lie together in a CPU's layout
+INT4_PACKED_CODES = 512 << 10  # that are integers of 32 bits at a time
 INT4_INNER_TILES = 8  # of 16 inputs, side by side in a GPU's layout
 INT8_MULTIPLE = 8  # of which both sizes of a matrix are, for a GPU's kernel
 INT8_MIN_ROWS = 32  # that it takes
 TINY = 1e-30  # instead of the limit of a row of zeros
 MIDDLE_CODE = 8  # its codes are 0 to 15, and mean code - 8
+PACKING_NICENESS = 10  # a tenth of a core's time where computing wants it too (setpriority(2))
+
+# torch announces the end of its quantized tensors; their kernels are the only ones of their kind.
+warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, .* are deprecated")
 
 
 class Int8Linear:
-    """`packed` (O, B) is of a `RowCodec`."""
+    """`packed` (O, B) is of a `RowCodec`, on the device to compute on.
+
+    On a CPU there is a quicker form, the same to the last bit, which takes longer to make than to read the weight from disk:
+    `pack`, which another thread may call while this computes.
+    """
 
     def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
-        codes_OI, scales_O = RowCodec().codes(packed, in_size)
-        with _quietly():
-            zero_points_O = torch.zeros(len(codes_OI), dtype=torch.long)
-            weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O, zero_points_O, 0)
-            self._weight = torch.ops.quantized.linear_prepack(weight, None)
-        self._bias = None if bias is None else bias.float()
-        self._out_size = len(codes_OI)
-        self.num_bytes = packed.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], self._out_size)
-        rows = x.reshape(-1, x.shape[-1]).float()
-        limits_R1 = rows.abs().amax(1, keepdim=True).clamp_min_(TINY)
-        y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows / limits_R1, 1 / ROW_LIMIT, ZERO_POINT, self._weight
-        )
-        y = y.mul_(limits_R1) if self._bias is None else torch.addcmul(self._bias, y, limits_R1, out=y)
-        return y.view(*x.shape[:-1], self._out_size).to(x.dtype)
-
-
-class Int8MatrixLinear:
-    """As `Int8Linear`, of plain tensors: for GPUs. `packed` (O, B) is of a `RowCodec`."""
-
-    def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
-        codes_OI, scales_O = RowCodec().codes(packed, in_size)
-        self._codes_IO = codes_OI.contiguous().t()
-        self._scales_O = scales_O.float()
+        codes_OI, self._scales_O = RowCodec().codes(packed, in_size)
+        self._is_on_cpu = packed.device.type == "cpu"
+        self._codes_IO: torch.Tensor | None = (codes_OI if self._is_on_cpu else codes_OI.contiguous()).t()
+        self._packed: Any = None  # instead of the codes; oneDNN's or FBGEMM's
+        self._out_steps_O = self._scales_O * torch.tensor(1 / ROW_LIMIT)
         self._bias = None if bias is None else bias.float()
         self.num_bytes = packed.nbytes
 
     @staticmethod
-    def fits(out_size: int, in_size: int) -> bool:
-        return out_size % INT8_MULTIPLE == 0 and in_size % INT8_MULTIPLE == 0
+    def fits(out_size: int, in_size: int, *, device: torch.device) -> bool:
+        return device.type == "cpu" or (out_size % INT8_MULTIPLE == 0 and in_size % INT8_MULTIPLE == 0)
+
+    def pack(self) -> None:
+        """Where there is no such form, it stays as it is."""
+        if not self._is_on_cpu or self._codes_IO is None:
+            return
+        zero_points_O = torch.zeros(len(self._scales_O), dtype=torch.long)
+        with contextlib.suppress(RuntimeError):
+            weight = torch._make_per_channel_quantized_tensor(self._codes_IO.t().contiguous(), self._scales_O, zero_points_O, 0)
+            self._packed = torch.ops.quantized.linear_prepack(weight, None)
+            self._codes_IO = None  # after the other is there: `_multiply` takes what it finds
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], len(self._scales_O))
         rows_RI = x.reshape(-1, x.shape[-1]).float()
-        steps_R1 = rows_RI.abs().amax(1, keepdim=True).clamp_min_(TINY) / ROW_LIMIT if len(rows_RI) else rows_RI[:, :1]
-        codes_RI = F.pad((rows_RI / steps_R1).round_().to(torch.int8), (0, 0, 0, max(INT8_MIN_ROWS - len(rows_RI), 0)))
-        y = torch._int_mm(codes_RI, self._codes_IO)[: len(rows_RI)].float().mul_(steps_R1).mul_(self._scales_O)
-        y = y if self._bias is None else y.add_(self._bias)
-        return y.view(*x.shape[:-1], -1).to(x.dtype) if len(rows_RI) else x.new_empty(*x.shape[:-1], len(self._scales_O))
+        limits_R1 = rows_RI.abs().amax(1, keepdim=True).clamp_min_(TINY)
+        y = self._multiply(rows_RI / limits_R1)
+        y = y.mul_(limits_R1) if self._bias is None else torch.addcmul(self._bias, y, limits_R1, out=y)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _multiply(self, unit_RI: torch.Tensor) -> torch.Tensor:
+        """(R, O), of rows whose numbers are within 1."""
+        codes_IO = self._codes_IO
+        if codes_IO is None:
+            y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                unit_RI, 1 / ROW_LIMIT, ZERO_POINT, self._packed
+            )
+            return y
+        codes_RI = (unit_RI * ROW_LIMIT).round_().to(torch.int8)
+        if not self._is_on_cpu and len(codes_RI) < INT8_MIN_ROWS:
+            codes_RI = F.pad(codes_RI, (0, 0, 0, INT8_MIN_ROWS - len(codes_RI)))
+        return torch._int_mm(codes_RI, codes_IO)[: len(unit_RI)].float().mul_(self._out_steps_O)
+
+
+def pack_all(linears: Sequence[Int8Linear], stop: threading.Event) -> None:
+    """One after the other, while the stage is idle or at the least cost to it, until all are packed or `stop` is set."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PACKING_NICENESS)
+    for linear in linears:
+        if stop.is_set():
+            return
+        linear.pack()
 
 
 class Int4Linear:
@@ -88,7 +113,9 @@ class Int4Linear:
         zeros_OG = minima_OG + MIDDLE_CODE * steps_OG
         self._scales_zeros_GO2 = torch.stack([steps_OG, zeros_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
         if packed.device.type == "cpu":
-            self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)
+            step = max(INT4_PACKED_CODES // in_size // INT4_BLOCK, 1) * INT4_BLOCK
+            parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in torch.split(codes_OI, step)]
+            self._weight = torch.cat(parts)
             self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
             pairs = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
@@ -121,26 +148,20 @@ class QuantizedLinears:
         self.codec = codec
         self._device = device
         self._dtype = dtype
+        self.to_pack: list[Int8Linear] = []  # all that were made
 
     def of_packed(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> ResidentLinear:
         """`packed` (O, B) is of `codec`."""
         packed, codec = packed.to(self._device), self.codec
         if isinstance(codec, GroupCodec) and Int4Linear.fits(codec, len(packed), in_size, device=self._device):
             return Int4Linear(codec, packed, in_size, bias)
-        if self._device.type != "cpu" and not Int8MatrixLinear.fits(len(packed), in_size):
+        if not Int8Linear.fits(len(packed), in_size, device=self._device):
             return PlainLinear(codec.decode(packed, in_size, dtype=self._dtype), bias)
         if not isinstance(codec, RowCodec):
             packed = RowCodec().encode(codec.decode(packed, in_size, dtype=torch.float32))
-        int8 = Int8Linear if self._device.type == "cpu" else Int8MatrixLinear
-        return int8(packed, in_size, bias)
+        linear = Int8Linear(packed, in_size, bias)
+        self.to_pack.append(linear)
+        return linear
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
         return self.of_packed(self.codec.encode(weight), weight.shape[1], bias)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """torch announces the end of its quantized tensors; their kernels are the only ones of their kind."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -180,7 +180,7 @@ class Source(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
         """A matrix (O, I) as rows of `codec`'s, (O, B) uint8."""
         ...
 
@@ -206,8 +206,7 @@ class Resident:
         biases = [self.vector(f"{name}.bias", size) for name, size in rows] if bias else []
         joint_bias = torch.cat(biases) if biases else None
         if isinstance(self._make_linear, QuantizedLinears):
-            packed = [self._read_packed(f"{name}.weight", (size, in_size)) for name, size in rows]
-            return self._counted(self._make_linear.of_packed(torch.cat(packed), in_size, joint_bias))
+            return self._counted(self._make_linear.of_packed(self._read_packed(rows, in_size), in_size, joint_bias))
         matrices = [self._read(f"{name}.weight", (size, in_size)) for name, size in rows]
         return self._made(torch.cat(matrices) if len(matrices) > 1 else matrices[0], joint_bias)
 
@@ -237,10 +236,16 @@ class Resident:
         self.num_bytes += linear.num_bytes
         return linear
 
-    def _read_packed(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    def _read_packed(self, rows: Sequence[Rows], in_size: int) -> torch.Tensor:
         assert isinstance(self._make_linear, QuantizedLinears)  # noqa: S101 - the callers' condition
-        self.num_params += shape[0] * shape[1]
-        return self._source.read_packed(name, shape, self._make_linear.codec)
+        codec, row = self._make_linear.codec, 0
+        num_rows = sum(size for _, size in rows)
+        packed = torch.empty(num_rows, codec.packed_size(in_size), dtype=torch.uint8)
+        for name, size in rows:
+            self._source.read_packed(f"{name}.weight", (size, in_size), codec, packed[row : row + size])
+            row += size
+        self.num_params += num_rows * in_size
+        return packed
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         self.num_bytes += tensor.nbytes

@@ -1,0 +1,120 @@
+"""The second start of a quantized model: loading a stage beside reading the same files, each from disk, in turn.
+
+    python benchmarks/start_up.py
+    python benchmarks/start_up.py --quick --json
+
+A random OPT (1.3b's shape, quick: 125m's) is converted as a first start converts it. `ratio` is the median time to load over
+the median time to read the files and forget them; the page cache is told to drop them before each. `ratio_first` is that of
+quantizing at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from random_model import Shape, make_large_model
+from report import print_result
+from tqdm import tqdm
+
+from asyncpipe.wire.messages import LoadStage
+from asyncpipe_workers.stage_model import StageModel
+
+THREADS = 2
+READ_BYTES = 8 << 20
+SHAPES = {"opt-1.3b": Shape(hidden=2048, layers=24, vocab=50272), "opt-125m": Shape(hidden=768, layers=12, vocab=50272)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantize", default="int8", choices=["int8", "int4"], help="default: int8")
+    parser.add_argument("--rounds", type=int, default=7, help="default: 7; quick: 3")
+    parser.add_argument("--quick", action="store_true", help="a small model, in under a minute")
+    parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    name = "opt-125m" if arguments.quick else "opt-1.3b"
+    with tempfile.TemporaryDirectory() as folder:
+        whole, quantized = Path(folder) / "whole", Path(folder) / "quantized"
+        make_large_model(whole, SHAPES[name])
+        argv = [sys.executable, "-m", "asyncpipe_coordinator", "convert", "--quiet", "--quantize", arguments.quantize]
+        subprocess.run([*argv, str(whole), str(quantized)], check=True)
+        result = measure(whole, quantized, arguments.quantize, rounds=3 if arguments.quick else arguments.rounds)
+    print_result(result | {"model": name}, as_json=arguments.json)
+
+
+def measure(whole: Path, quantized: Path, quantize: str, *, rounds: int) -> dict[str, object]:
+    """Medians in seconds, and ratios."""
+    times: dict[str, list[float]] = {"read": [], "load": [], "load_first": []}
+    num_bytes = sum(path.stat().st_size for path in _files(quantized))
+    load(quantized, quantize)  # kernels are chosen, once on this machine
+    for _ in tqdm(range(rounds), desc="start-up", disable=None, leave=False):
+        for name, directory, action in (("read", quantized, read), ("load", quantized, load), ("load_first", whole, load)):
+            drop(directory)
+            times[name].append(action(directory, quantize))
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    return {
+        "bytes": num_bytes,
+        **{f"{name}_s": round(seconds, 3) for name, seconds in medians.items()},
+        "ratio": round(medians["load"] / medians["read"], 2),
+        "ratio_first": round(medians["load_first"] / medians["read"], 2),
+    }
+
+
+def read(directory: Path, _quantize: str) -> float:
+    start_s, buffer = time.perf_counter(), bytearray(READ_BYTES)
+    for path in _files(directory):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start_s
+
+
+def load(directory: Path, quantize: str) -> float:
+    """Until the stage can compute."""
+    config_json = (directory / "config.json").read_text()
+    plan = LoadStage(
+        epoch=1,
+        stage=0,
+        num_stages=1,
+        first_layer=0,
+        last_layer=json.loads(config_json)["num_hidden_layers"],
+        checkpoint=str(directory),
+        config_json=config_json,
+        dtype="float32",
+        quantize=quantize,
+        max_context_len=2048,
+        max_sequences=8,
+        num_threads=THREADS,
+        kv_block_tokens=32,
+        kv_bytes=1 << 28,
+    )
+    start_s = time.perf_counter()
+    stage = StageModel.load(plan)
+    seconds = time.perf_counter() - start_s
+    stage.close()
+    return seconds
+
+
+def drop(directory: Path) -> None:
+    """From the page cache."""
+    os.sync()
+    for path in _files(directory):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
