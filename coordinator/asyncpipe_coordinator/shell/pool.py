@@ -35,9 +35,15 @@ log = logging.getLogger(__name__)
 
 COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
-# Turns (some microseconds) that a compute thread waits for the others before it sleeps. libgomp's own default is milliseconds,
+# Turns (a tenth of a millisecond) that a compute thread waits for the others before it sleeps. libgomp's own default is milliseconds,
 # in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
 SPIN_COUNT = "2500"
+# For glibc's malloc, which otherwise gives back what one layer has freed, to fault it in again, page by page, for the next one.
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # its greatest
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
 CONNECT_TIMEOUT_S = 15.0
 USAGE_EXIT = 2
 
@@ -149,6 +155,8 @@ class WorkerPool:
         }
         if "OMP_WAIT_POLICY" not in env:
             env.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+        if not config.moves_weights:  # whoever streams them counts every byte
+            env = KEEP_FREED_MEMORY | env
         process = await ChildProcess.spawn(argv, env=env, name=f"stage {stage}")
         worker = Worker(stage, process, asyncio.get_running_loop().create_future())
         self.background(self._watch(worker), f"watch stage {stage}")

@@ -291,8 +291,9 @@ class StreamedWeights:
                 task.result(timeout=TRANSFER_TIMEOUT_S)
             view = _View(self, plan, memory)
             view.unpack()
+            block = plan.unit.build(view)  # which may join what has been loaded
             self._streams.loaded()
-        return plan.unit.build(view)
+        return block
 
     @property
     def dtype(self) -> torch.dtype:
