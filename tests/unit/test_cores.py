@@ -12,6 +12,8 @@ import pytest
 from asyncpipe import control_group, cores
 from asyncpipe.cores import Cores, cpu_list, cpus_of_stages, find_cores, parse_cpu_list
 from asyncpipe.errors import Invalid
+from asyncpipe_coordinator import config
+from asyncpipe_coordinator.config import ServiceConfig
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process keep to CPUs")
 
@@ -104,3 +106,16 @@ def test_too_few_cores_for_every_thread_are_refused() -> None:
 @pytest.mark.parametrize("text", ["0", "0-3", "0-3,8", "1,3,5-7"])
 def test_lists_of_cpus_come_back_as_they_were(text: str) -> None:
     assert cpu_list(parse_cpu_list(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "threads", "expected", "oversubscribes"),
+    [(1, None, 4, False), (2, None, 2, False), (8, None, 1, False), (2, 2, 2, False), (2, 3, 3, True), (8, 1, 1, False)],
+)
+def test_stages_share_the_cores_out(
+    num_stages: int, threads: int | None, expected: int, oversubscribes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """More stages than cores take turns, which nobody is warned of: it is what was asked for."""
+    monkeypatch.setattr(config, "find_cores", lambda: machine(4))
+    stages = ServiceConfig(checkpoint=tmp_path, num_stages=num_stages, threads_per_stage=threads)
+    assert (stages.threads, stages.oversubscribes) == (expected, oversubscribes)

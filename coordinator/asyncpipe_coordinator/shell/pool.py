@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of this machine together
-# Turns (a tenth of a millisecond) that a compute thread waits for the others before it sleeps. libgomp's own default is milliseconds,
-# in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
+# Turns (a tenth of a millisecond) that a compute thread waits for the others before it sleeps. libgomp's own default is
+# milliseconds, in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
 SPIN_COUNT = "2500"
 # For glibc's malloc, which otherwise gives back what one layer has freed, to fault it in again, page by page, for the next one.
 KEEP_FREED_MEMORY = {
