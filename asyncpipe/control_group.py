@@ -10,8 +10,9 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUP = Path("/proc/self/cgroup")
 
 
-def group_settings(name: str) -> Iterator[str]:
-    """What the file `name` says in this process's group and in those around it, innermost first; nothing where it is not."""
+def group_settings(*names: str) -> Iterator[tuple[str, ...]]:
+    """What the files `names` say in this process's group and in each around it, innermost first; nothing of a group that lacks
+    one of them."""
     try:
         line = next(line for line in OWN_GROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
@@ -19,6 +20,6 @@ def group_settings(name: str) -> Iterator[str]:
     group = CGROUP / line.removeprefix("0::").lstrip("/")
     for directory in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):
-            yield (directory / name).read_text(encoding="ascii").strip()
+            yield tuple((directory / name).read_text(encoding="ascii").strip() for name in names)
         if directory == CGROUP:
             return

@@ -54,7 +54,7 @@ def cpus_of_stages(cores: Cores, pin: str, *, num_stages: int, threads: int) -> 
     """
     if pin == "off" or (pin == "auto" and len(cores.nodes) == 1):
         return None
-    enough = num_stages * threads <= min(cores.count, sum(map(len, cores.nodes)))
+    enough = num_stages * threads <= cores.count
     if not enough or sys.platform != "linux":
         if pin == "auto":
             return None
@@ -71,14 +71,11 @@ def cpus_of_stages(cores: Cores, pin: str, *, num_stages: int, threads: int) -> 
 
 
 def _take(free: list[list[tuple[int, ...]]], count: int) -> dict[int, Sequence[tuple[int, ...]]]:
-    """`count` cores, by node: of the fullest node that has no more than needed, or of as few nodes as will do."""
+    """`count` cores, by node: of the node with the fewest that are enough, or of as few nodes as will do."""
     taken: dict[int, Sequence[tuple[int, ...]]] = {}
     while count:
-        fitting = [node for node in range(len(free)) if len(free[node]) >= count]
-        if fitting:
-            node = min(fitting, key=lambda node: len(free[node]))
-        else:
-            node = max(range(len(free)), key=lambda node: len(free[node]))
+        by_size = sorted(range(len(free)), key=lambda node: len(free[node]))
+        node = next((node for node in by_size if len(free[node]) >= count), by_size[-1])
         taken[node], free[node] = free[node][:count], free[node][count:]
         count -= len(taken[node])
     return taken
@@ -114,7 +111,7 @@ def _read_cpus(path: Path) -> tuple[int, ...]:
 def _quota() -> float | None:
     """The smallest of this control group and of those around it."""
     quotas = []
-    for setting in group_settings("cpu.max"):
+    for (setting,) in group_settings("cpu.max"):
         quota, _, period = setting.partition(" ")
         if quota.isdigit() and period.isdigit() and int(period):
             quotas.append(int(quota) / int(period))

@@ -28,6 +28,6 @@ def free_disk_bytes(directory: Path) -> int:
 
 def _cgroup_room(otherwise: int) -> int:
     """What is left of the limits of this process's control group and of those around it."""
-    limits = zip(group_settings("memory.max"), group_settings("memory.current"), strict=False)
+    limits = group_settings("memory.max", "memory.current")
     rooms = [max(int(limit) - int(used), 0) for limit, used in limits if limit.isdigit() and used.isdigit()]
     return min(rooms, default=otherwise)

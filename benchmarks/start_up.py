@@ -21,16 +21,14 @@ import time
 from pathlib import Path
 
 import torch
-from random_model import Shape, make_large_model
+from peer_cases import MODELS, THREADS
 from report import print_result
 from tqdm import tqdm
 
 from asyncpipe.wire.messages import LoadStage
 from asyncpipe_workers.stage_model import StageModel
 
-THREADS = 2
 READ_BYTES = 8 << 20
-SHAPES = {"opt-1.3b": Shape(hidden=2048, layers=24, vocab=50272), "opt-125m": Shape(hidden=768, layers=12, vocab=50272)}
 
 
 def main() -> None:
@@ -44,7 +42,7 @@ def main() -> None:
     name = "opt-125m" if arguments.quick else "opt-1.3b"
     with tempfile.TemporaryDirectory() as folder:
         whole, quantized = Path(folder) / "whole", Path(folder) / "quantized"
-        make_large_model(whole, SHAPES[name])
+        MODELS[name].make(whole)
         argv = [sys.executable, "-m", "asyncpipe_coordinator", "convert", "--quiet", "--quantize", arguments.quantize]
         subprocess.run([*argv, str(whole), str(quantized)], check=True)
         result = measure(whole, quantized, arguments.quantize, rounds=3 if arguments.quick else arguments.rounds)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from asyncpipe.control_group import CGROUP
 
 
 @contextlib.contextmanager

@@ -126,8 +126,7 @@ class ServiceConfig:
     @property
     def oversubscribes(self) -> bool:
         """Whether more threads were asked for than there are cores."""
-        wanted = self.num_stages * (self.threads_per_stage or 1)
-        return self.device == "cpu" and self.threads > 1 and wanted > find_cores().count
+        return self.device == "cpu" and self.threads > 1 and self.num_stages * self.threads > find_cores().count
 
     @property
     def cpus(self) -> list[tuple[int, ...]] | None:

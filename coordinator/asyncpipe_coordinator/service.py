@@ -195,16 +195,13 @@ class Service:
 
 def model_of(config: ServiceConfig) -> ModelInfo:
     """What is run. A simulation without a MODEL has as many layers as stages. Raises Invalid."""
-    model, simulation = _inspected(config), config.simulation
+    model = inspect_model(config.checkpoint, dummy=config.dummy_weights, native=config.model_impl == "native")
+    simulation = config.simulation
     if simulation is None:
         return model
     own_layers = config.num_stages if config.checkpoint == BUNDLED_MODEL else model.num_layers
     shape = replace(model.shape, num_layers=simulation.layers or own_layers, max_context_len=simulation.context)
     return replace(model, shape=shape, eos_token_ids=frozenset())
-
-
-def _inspected(config: ServiceConfig) -> ModelInfo:
-    return inspect_model(config.checkpoint, dummy=config.dummy_weights, native=config.model_impl == "native")
 
 
 def dtype_of(config: ServiceConfig, model: ModelInfo) -> str:

@@ -15,7 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import Row, RowGroup, Span, StepLayout
+from asyncpipe_workers.models.kernels import onednn_linear
 from asyncpipe_workers.quickest import Call, quickest
 
 SCORE_NUMBERS = 256 << 10  # that are computed at once: 1 MB, in a core's cache
@@ -137,11 +139,12 @@ def attend_chunk(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm = 
 def _attend_fused(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm) -> torch.Tensor:
     (num, num_heads), (groups, total) = q_THK.shape[:2], kv_GCK.keys_GCK.shape[:2]
     is_whole = num == total and (form.window is None or total <= form.window)
+    positions_C = torch.arange(total, device=q_THK.device)
     out_1HTK = F.scaled_dot_product_attention(
         q_THK.transpose(0, 1)[None],
         kv_GCK.keys_GCK[None],
         kv_GCK.values_GCK[None],
-        attn_mask=None if is_whole else _is_seen(range(total - num, total), range(total), form.window, q_THK.device),
+        attn_mask=None if is_whole else _is_seen(positions_C[total - num :], positions_C, form.window),
         is_causal=is_whole,
         enable_gqa=num_heads != groups,
     )
@@ -153,33 +156,27 @@ def _attend_by_products(q_THK: torch.Tensor, kv_GCK: KeysValues, form: Attention
     sees. Heads that share keys are rows of one product."""
     (num, num_heads, size), (groups, total) = q_THK.shape, kv_GCK.keys_GCK.shape[:2]
     shared = num_heads // groups
-    multiply = _multiply if q_THK.dtype == torch.float32 and q_THK.device.type == "cpu" else F.linear
+    multiply = onednn_linear if q_THK.dtype == torch.float32 and q_THK.device.type == "cpu" else F.linear
     q_GTRK = (q_THK * (1 / math.sqrt(size))).view(num, groups, shared, size).transpose(0, 1).contiguous()
     out_TGRK = torch.empty_like(q_THK).view(num, groups, shared, size)
+    positions_C = torch.arange(total, device=q_THK.device)
     step = max(SCORE_NUMBERS // (shared * total), 1)
     for first in range(0, num, step):
         last = min(first + step, num)
-        positions = range(total - num + first, total - num + last)
-        start = 0 if form.window is None else max(positions.start + 1 - form.window, 0)
-        unsure = range(positions.start if form.window is None else start, positions.stop)  # keys that not all of them see
-        bias_tU = torch.zeros(len(positions), len(unsure), device=q_THK.device)
-        bias_tU.masked_fill_(~_is_seen(positions, unsure, form.window, q_THK.device), -math.inf)
+        queries = slice(total - num + first, total - num + last)
+        start = 0 if form.window is None else max(queries.start + 1 - form.window, 0)
+        unsure = slice(queries.start if form.window is None else start, queries.stop)  # keys that not all of them see
+        bias_tU = score_bias(positions_C[queries], positions_C[unsure], form.window)
         for group in range(groups):
-            keys_CK, values_CK = (each[group, start : positions.stop] for each in kv_GCK)
+            keys_CK, values_CK = (each[group, start : queries.stop] for each in kv_GCK)
             scores_tRC = multiply(q_GTRK[group, first:last].view(-1, size), keys_CK).view(last - first, shared, -1)
             if form.softcap is not None:
                 scores_tRC = scores_tRC.float().div_(form.softcap).tanh_().mul_(form.softcap)
-            scores_tRC[..., -len(unsure) :] += bias_tU[:, None]
+            scores_tRC[..., unsure.start - start :] += bias_tU[:, None]
             weights_tRC = torch.softmax(scores_tRC, dim=-1).to(values_CK.dtype)
             out = multiply(weights_tRC.flatten(0, 1), values_CK.t())
             out_TGRK[first:last, group] = out.view(last - first, shared, size)
     return out_TGRK.view(num, num_heads, size)
-
-
-def _multiply(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T by oneDNN, whatever the strides of W."""
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
-    return y
 
 
 @functools.cache
@@ -197,9 +194,13 @@ def products_beat_fused() -> bool:
     return quickest("attention of a chunk", ways) == "products"
 
 
-def _is_seen(queries: range, keys: range, window: int | None, device: torch.device) -> torch.Tensor:
-    """(T, C): of these positions; True where the query sees the key."""
-    queries_T, keys_C = (torch.arange(each.start, each.stop, device=device) for each in (queries, keys))
+def score_bias(queries_T: torch.Tensor, keys_C: torch.Tensor, window: int | None) -> torch.Tensor:
+    """(T, C): of these positions, to be added to scores: 0 where the query sees the key, else -inf."""
+    is_seen_TC = _is_seen(queries_T, keys_C, window)
+    return torch.zeros(is_seen_TC.shape, device=is_seen_TC.device).masked_fill_(~is_seen_TC, -math.inf)
+
+
+def _is_seen(queries_T: torch.Tensor, keys_C: torch.Tensor, window: int | None) -> torch.Tensor:
     distances_TC = queries_T[:, None] - keys_C
     is_seen_TC = distances_TC >= 0
     return is_seen_TC if window is None else is_seen_TC.logical_and_(distances_TC < window)
@@ -236,16 +237,12 @@ def group_rows(rows: Sequence[Row], window: int | None, most_padding: int, devic
 
 
 def _row_group(run: Sequence[int], rows: Sequence[Row], window: int | None, device: torch.device) -> RowGroup:
-    lengths = [rows[index].length for index in run]
-    starts = [0 if window is None else max(length - window, 0) for length in lengths]
-    places = slice(min(starts), max(lengths))
+    newest = tuple(rows[index].length - 1 for index in run)
+    places = slice(0 if window is None else max(min(newest) + 1 - window, 0), max(newest) + 1)
     mask = None
-    if len(set(lengths)) > 1:
+    if len(set(newest)) > 1:
         positions_C = torch.arange(places.start, places.stop, device=device)
-        ends_N1, starts_N1 = (torch.tensor(each, device=device)[:, None] for each in (lengths, starts))
-        is_seen_NC = (positions_C < ends_N1) & (positions_C >= starts_N1)
-        mask = torch.zeros(is_seen_NC.shape, device=device).masked_fill_(~is_seen_NC, -math.inf)[:, None, None]
+        mask = score_bias(indices(newest, device), positions_C, window)[:, None, None]
     is_sorted = all(after == before + 1 for before, after in itertools.pairwise(run))
-    members: slice | torch.Tensor = slice(run[0], run[-1] + 1) if is_sorted else torch.tensor(run, device=device)
-    newest = tuple(length - 1 for length in lengths)
+    members: slice | torch.Tensor = slice(run[0], run[-1] + 1) if is_sorted else indices(run, device)
     return RowGroup(members, rows[run[0]].slot, len(run), places, newest, mask)

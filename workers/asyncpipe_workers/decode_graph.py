@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -63,37 +63,27 @@ class _Graph:
     replay: Replay
 
 
+@dataclass(slots=True, kw_only=True)
 class DecodeGraphs:
     """The graphs of a stage whose weights, keys and values are all on the device."""
 
-    def __init__(
-        self,
-        units: StageUnits,
-        weights: WeightStore,
-        cache: PagedKV,
-        *,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        capture: Capture,
-    ) -> None:
-        self._units = units
-        self._weights = weights
-        self._cache = cache
-        self._hidden_size = hidden_size
-        self._dtype = dtype
-        self._device = device
-        self._capture = capture
-        self._seen: Counter[Size] = Counter()
-        self._graphs: dict[Size, _Graph] = {}
-        self._is_off = False
+    units: StageUnits
+    weights: WeightStore
+    cache: PagedKV
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    capture: Capture
+    _seen: Counter[Size] = field(default_factory=Counter, init=False)
+    _graphs: dict[Size, _Graph] = field(default_factory=dict, init=False)
+    _is_off: bool = field(default=False, init=False)
 
     def run(self, work: Work) -> torch.Tensor | None:
         """The step's result, (T, D) or (T, V), to be used before the next one is run; None if there is no graph for it."""
         layout = work.layout
         if self._is_off or layout.spans or layout.padding or work.scored_rows or not 0 < len(layout.rows) <= MAX_ROWS:
             return None
-        tables = [self._cache.table(row.slot)[: self._cache.blocks_for(row.length)] for row in layout.rows]
+        tables = [self.cache.table(row.slot) for row in layout.rows]
         size = Size.of(len(tables), max(map(len, tables)))
         self._seen[size] += 1
         if size not in self._graphs and (self._seen[size] < CAPTURE_AT or not self._add(size)):
@@ -105,13 +95,13 @@ class DecodeGraphs:
     def _add(self, size: Size) -> bool:
         """Capture a graph. Where that cannot be, steps are launched kernel by kernel from now on."""
         hidden_BD = None
-        if self._units.embedding is None:
-            hidden_BD = torch.zeros(size.rows, self._hidden_size, dtype=self._dtype, device=self._device)
-        numbers = torch.zeros(size.rows * (2 + size.blocks), dtype=torch.long, device=self._device)
+        if self.units.embedding is None:
+            hidden_BD = torch.zeros(size.rows, self.hidden_size, dtype=self.dtype, device=self.device)
+        numbers = torch.zeros(size.rows * (2 + size.blocks), dtype=torch.long, device=self.device)
         inputs = _Inputs(size, numbers, hidden_BD)
-        inputs.parts(numbers)[2].fill_(self._cache.scratch_block)  # nobody's tokens are overwritten while it is captured
+        inputs.parts(numbers)[2].fill_(self.cache.scratch_block)  # nobody's tokens are overwritten while it is captured
         try:
-            self._graphs[size] = _Graph(inputs, self._capture(lambda: self._step(inputs)))
+            self._graphs[size] = _Graph(inputs, self.capture(lambda: self._step(inputs)))
         except RuntimeError as error:
             log.warning("decode steps cannot be captured as a CUDA graph, and are slower for it: %s", error)
             self._is_off = True
@@ -119,9 +109,9 @@ class DecodeGraphs:
         return True
 
     def _fill(self, inputs: _Inputs, work: Work, tables: Sequence[Sequence[int]]) -> None:
-        numbers = torch.zeros(len(inputs.numbers), dtype=torch.long, pin_memory=self._device.type == "cuda")
+        numbers = torch.zeros(len(inputs.numbers), dtype=torch.long, pin_memory=self.device.type == "cuda")
         token_ids_B, positions_B, tables_BN = inputs.parts(numbers)
-        tables_BN.fill_(self._cache.scratch_block)
+        tables_BN.fill_(self.cache.scratch_block)
         token_ids_B[: len(tables)] = torch.tensor(work.layout.token_ids)
         positions_B[: len(tables)] = torch.tensor([row.length - 1 for row in work.layout.rows])
         for row, table in enumerate(tables):
@@ -140,11 +130,11 @@ class DecodeGraphs:
             padding=0,
             fixed=FixedRows(positions_B, tables_BN, {}),
         )
-        blocks = iter([self._weights.acquire(index) for index in range(len(sequence_of(self._units)))])
+        blocks = iter([self.weights.acquire(index) for index in range(len(sequence_of(self.units)))])
         hidden_BD = inputs.hidden_BD if inputs.hidden_BD is not None else next(blocks)(token_ids_B, positions_B)
-        for _ in self._units.layers:
-            hidden_BD = next(blocks)(hidden_BD, layout, self._cache)
-        if self._units.head_input is None:
+        for _ in self.units.layers:
+            hidden_BD = next(blocks)(hidden_BD, layout, self.cache)
+        if self.units.head_input is None:
             return hidden_BD
         x_BE = next(blocks)(hidden_BD)
         return torch.cat([logits(x_BE) for logits in blocks], dim=1)

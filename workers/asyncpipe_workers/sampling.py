@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from asyncpipe.wire.messages import Alternative, Sampling, TokenLogprobs
+from asyncpipe_workers.indices import indices
 
 LIKELY = 512  # so many of the likeliest tokens are looked at before the whole vocabulary is sorted
 
@@ -69,18 +70,19 @@ class Sampler:
         """Penalties, then the bias, then what may not come yet."""
         options, scores_V = self.sampling, logits_V.clone()
         if options.repetition_penalty != 1.0:
-            seen = _indices(sorted(set(self.token_ids)), scores_V)
+            seen = indices(sorted(set(self.token_ids)), scores_V.device)
             old = scores_V[seen]
             scores_V[seen] = torch.where(old > 0, old / options.repetition_penalty, old * options.repetition_penalty)
         if (options.presence_penalty or options.frequency_penalty) and self.num_generated:
             counts = Counter(self.token_ids[self.num_prompt :])
             how_often = torch.tensor(list(counts.values()), dtype=scores_V.dtype, device=scores_V.device)
-            scores_V[_indices(counts, scores_V)] -= options.presence_penalty + options.frequency_penalty * how_often
+            scores_V[indices(list(counts), scores_V.device)] -= options.presence_penalty + options.frequency_penalty * how_often
         bias = {token_id: value for token_id, value in options.logit_bias.items() if token_id < len(scores_V)}
         if bias:
-            scores_V[_indices(bias, scores_V)] += torch.tensor(list(bias.values()), device=scores_V.device)
+            scores_V[indices(list(bias), scores_V.device)] += torch.tensor(list(bias.values()), device=scores_V.device)
         if self.num_generated < options.min_tokens:
-            scores_V[_indices([token_id for token_id in self._ends if token_id < len(scores_V)], scores_V)] = -torch.inf
+            ends = [token_id for token_id in self._ends if token_id < len(scores_V)]
+            scores_V[indices(ends, scores_V.device)] = -torch.inf
         return scores_V
 
     def _draw(self, scaled_V: torch.Tensor) -> int:
@@ -145,7 +147,7 @@ def sample(logits_RV: torch.Tensor, samplers: Sequence[Sampler]) -> Sampled:
 def score(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
     """What the model thinks of one token a row, and of its `num_top` likeliest alternatives."""
     logprobs_RV = logits_RV.float().log_softmax(dim=-1)
-    chosen_R = logprobs_RV[torch.arange(len(token_ids)), _indices(token_ids, logprobs_RV)]
+    chosen_R = logprobs_RV[torch.arange(len(token_ids)), indices(token_ids, logprobs_RV.device)]
     ranks = ((logprobs_RV > chosen_R[:, None]).sum(dim=-1) + 1).tolist()
     values, order = logprobs_RV.topk(min(num_top, logprobs_RV.shape[-1]), dim=-1)
     tops = [tuple(map(Alternative, ids, scores)) for ids, scores in zip(order.tolist(), values.tolist(), strict=True)]
@@ -166,7 +168,3 @@ def _greatest(scaled_V: torch.Tensor, num: int) -> torch.Tensor:
         return scaled_V.abs().float().view(torch.int32).sort(stable=True).indices
     candidates = (scaled_V >= scaled_V.topk(num).values[-1]).nonzero()[:, 0]
     return candidates[scaled_V[candidates].sort(descending=True, stable=True).indices[:num]]
-
-
-def _indices(values: object, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.long, device=like.device)  # type: ignore[call-overload]

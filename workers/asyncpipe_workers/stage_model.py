@@ -83,9 +83,9 @@ class StageModel:
             return
         if isinstance(memory.weights, ResidentWeights) and isinstance(memory.activations, DeviceActivations):
             graphs = DecodeGraphs(
-                memory.units,
-                memory.weights,
-                memory.cache,
+                units=memory.units,
+                weights=memory.weights,
+                cache=memory.cache,
                 hidden_size=self._hidden_size,
                 dtype=memory.dtype,
                 device=memory.device,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import Batch, StepLayout
 from asyncpipe_workers.memory.activations import Activations
 from asyncpipe_workers.memory.kv import KVCache
@@ -134,9 +135,9 @@ class Sweep:
         hidden_TD = _joined([self._activations.take((work.number, index)) for index in range(len(work.batches))])
         rows_R = work.layout.sampled_rows
         if rows_R is None:
-            rows_R = torch.empty(0, dtype=torch.long, device=hidden_TD.device)
+            rows_R = indices([], hidden_TD.device)
         if work.scored_rows:
-            rows_R = torch.cat([rows_R, torch.tensor(work.scored_rows, dtype=torch.long, device=hidden_TD.device)])
+            rows_R = torch.cat([rows_R, indices(work.scored_rows, hidden_TD.device)])
         return hidden_TD[rows_R]
 
 

@@ -85,15 +85,16 @@ class DiskFile:
 
     def announce(self, offset: int, num_bytes: int) -> None:
         """Let the page cache begin to read what will be asked for soon."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        self._advise(offset, num_bytes, "POSIX_FADV_WILLNEED")
 
     def forget(self, offset: int, num_bytes: int) -> None:
         """Let the page cache drop what nobody will ask for soon."""
+        self._advise(offset, num_bytes, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, offset: int, num_bytes: int, advice: str) -> None:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._fd, offset, num_bytes, getattr(os, advice))
 
     def close(self) -> None:
         """May be called again."""

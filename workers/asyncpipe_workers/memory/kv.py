@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_rows
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_rows, score_bias
 from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import FixedRows, RowGroup, StepLayout
 
@@ -254,9 +254,6 @@ class PagedKV:
         """The slot's blocks, in the order of its tokens."""
         return self._tables[slot]
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
-
     def attend(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm = PLAIN) -> torch.Tensor:
         if layout.fixed is not None:
             return self._attend_fixed(layer, qkv, layout.fixed, form)
@@ -298,19 +295,10 @@ class PagedKV:
         self._keys[layer][blocks_B, :, offsets_B] = qkv.k_TGK
         self._values[layer][blocks_B, :, offsets_B] = qkv.v_TGK
         if form.window not in rows.masks:
-            rows.masks[form.window] = self._fixed_mask(rows, form.window)
+            places_C = torch.arange(rows.tables_BN.shape[1] * self._block_tokens, device=self._device)
+            rows.masks[form.window] = score_bias(rows.positions_B, places_C, form.window)[:, None, None]
         keys, values = (self._gathered(pools[layer], rows.tables_BN, slice(None)) for pools in (self._keys, self._values))
         return attend_rows(qkv.q_THK, keys, values, rows.masks[form.window], form.softcap)
-
-    def _fixed_mask(self, rows: FixedRows, window: int | None) -> torch.Tensor:
-        """(B, 1, 1, C), to be added to scores."""
-        places_C = torch.arange(rows.tables_BN.shape[1] * self._block_tokens, device=self._device)
-        distances_BC = rows.positions_B[:, None] - places_C
-        is_seen_BC = distances_BC >= 0
-        if window is not None:
-            is_seen_BC &= distances_BC < window
-        mask_BC = torch.zeros(is_seen_BC.shape, device=self._device).masked_fill_(~is_seen_BC, -math.inf)
-        return mask_BC[:, None, None]
 
     def _indices(self, values: tuple[Any, ...]) -> torch.Tensor:
         """For all layers they are made once in a step."""

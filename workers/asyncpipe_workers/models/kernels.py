@@ -54,8 +54,7 @@ class PackedLinear:
         self.num_bytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return y
+        return onednn_linear(x, self._weight, self._bias)
 
 
 FLOAT_FORMS: Mapping[str, LinearMaker] = {"plain": PlainLinear, "packed": PackedLinear}
@@ -73,6 +72,12 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.ndim == 2 and 1 < len(x) <= MAX_ROWS and x.device.type == "cpu" and weight_first_is_faster(x.dtype):
         return torch.mm(weight, x.t()).t().contiguous()
     return F.linear(x, weight)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b by oneDNN's kernel, on a CPU: (..., I) and (O, I), packed or of any strides, to (..., O)."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 @functools.cache

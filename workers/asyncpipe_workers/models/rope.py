@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import StepLayout
 
 DEFAULT_THETA = 10_000.0
@@ -50,7 +51,7 @@ class Rope:
         inverse_F, long_F = _on_device(self, positions_T1.device)
         angles_TF = positions_T1 * inverse_F
         if long_F is not None:
-            is_long_T1 = torch.tensor(layout.prompt_lens, device=positions_T1.device)[:, None] > self.short_len
+            is_long_T1 = indices(layout.prompt_lens, positions_T1.device)[:, None] > self.short_len
             angles_TF = torch.where(is_long_T1, positions_T1 * long_F, angles_TF)
         cos_TF, sin_TF = (angles_TF.cos() * self.scale).to(dtype), (angles_TF.sin() * self.scale).to(dtype)
         return Rotation(torch.cat([cos_TF, cos_TF], dim=-1)[:, None], sin_TF[:, None])
