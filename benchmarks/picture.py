@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import uvloop
 
 from asyncpipe import Client, connect
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL
 from asyncpipe_coordinator.service import Service
 
 STAGES = 4

@@ -1,6 +1,6 @@
 """Train the bundled model: a small OPT that writes Python, from the source text of the Python standard library.
 
-    python tools/train_bundled_model.py --output coordinator/asyncpipe_coordinator/bundled_model --minutes 45
+    python tools/train_bundled_model.py --output asyncpipe/bundled_model --minutes 45
 
 The output is a Hugging Face model directory: configuration, fp16 safetensors, a byte-level BPE tokenizer, a model card.
 It is written anew every few minutes, so that a run cut short still leaves a model.

@@ -98,6 +98,7 @@ class Cell:
         task = task_of(self._guarded(coroutine))
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        task.add_done_callback(lambda _: coroutine.close())  # of a task that was cancelled before it began
 
     async def _live(self) -> Exception | None:
         """None after an orderly stop; the last crash when there was one too many."""

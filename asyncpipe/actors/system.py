@@ -10,7 +10,7 @@ import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from asyncpipe.actors.actor import Down
 from asyncpipe.actors.cell import Cell, Factory, Life, Sleep
@@ -31,6 +31,13 @@ STOP_TIMEOUT_S = 5.0
 log = logging.getLogger(__name__)
 
 
+class Destination(NamedTuple):
+    """Where to connect, and whom to expect there."""
+
+    address: str
+    server_key: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class SystemStatistics:
     mailboxes: dict[str, MailboxStatistics]
@@ -42,6 +49,7 @@ class ActorSystem:
     """Use as `async with ActorSystem("name") as system`. Leaving the block stops everything that was started in it.
 
     `token` is asked of every peer that connects, unless `listen` says otherwise, and shown to every peer connected to.
+    With `options.keys`, peers over tcp prove who they are as well, and may only be what their keys are allowed to be.
     `clock` and `sleep` time the restarts of crashed actors; tests replace them.
     """
 
@@ -67,8 +75,8 @@ class ActorSystem:
         self._local = LocalRoute(self)
         self._cells: dict[ActorName, Cell] = {}
         self._peers: list[Peer] = []
-        self._connected: dict[str, Peer] = {}
-        self._connecting: dict[str, asyncio.Lock] = {}
+        self._connected: dict[Destination, Peer] = {}
+        self._connecting: dict[Destination, asyncio.Lock] = {}
         self._listeners: list[Listener] = []
         self._watchers: dict[ActorRef, set[ActorRef]] = {}
         self._children: ChildActors | None = None
@@ -168,18 +176,20 @@ class ActorSystem:
         self._listeners.append(listener)
         return listener.address
 
-    async def connect(self, address: str, *, actor: str, timeout: float = 5.0) -> ActorRef:
+    async def connect(self, address: str, *, actor: str, timeout: float = 5.0, server_key: str | None = None) -> ActorRef:
         """A reference to the actor named `actor` in the system that listens at `address`; links are shared.
 
-        Raises Timeout when nobody answers there, Refused, Invalid.
+        With keys, over tcp, `server_key` is the public key that this system must have; None: our coordinator's. Raises
+        Timeout when nobody answers there, Refused, Invalid.
         """
         self._check_open()
-        async with self._connecting.setdefault(address, asyncio.Lock()):
-            peer = self._connected.get(address)
+        destination = Destination(address, server_key)
+        async with self._connecting.setdefault(destination, asyncio.Lock()):
+            peer = self._connected.get(destination)
             if peer is None or not peer.link.is_open:
-                options = replace(self._options, handshake_s=timeout)
+                options = replace(self._options, handshake_s=timeout, server_key=server_key)
                 link = await transport_for(address).connect(address, hello=self._hello, options=options)
-                peer = self._connected[address] = self._add_peer(link)
+                peer = self._connected[destination] = self._add_peer(link)
         return peer.ref(actor)
 
     async def spawn_process(self, target: str, *, name: str, timeout: float = 30.0) -> ActorRef:
@@ -196,6 +206,12 @@ class ActorSystem:
         return await self._children.start(
             [sys.executable, "-m", "asyncpipe.actors.child", target, name], name=name, timeout_s=timeout
         )
+
+    def reaches(self, ref: ActorRef) -> bool:
+        """Whether there is still a link to where the actor was; of local ones, whether it runs."""
+        if ref.node == self.node:
+            return ref.name in self._cells
+        return any(peer.node == ref.node and peer.link.is_open for peer in self._peers)
 
     def lose(self, node: NodeId, error: AsyncPipeError) -> None:
         """End the links to `node` with `error`: its process is known to be gone."""

@@ -74,7 +74,7 @@ class InboxActor(Actor):
     def __init__(self, coordinator: ActorRef) -> None:
         self._coordinator = coordinator
         self._open: dict[str, Inbox] = {}
-        self._lost: AsyncPipeError | None = None
+        self.lost: AsyncPipeError | None = None  # how the coordinator was
 
     async def started(self) -> None:
         self.system.monitor(self._coordinator, watcher=self.ref)
@@ -84,8 +84,8 @@ class InboxActor(Actor):
 
     def open(self, request_id: str, *, num_choices: int) -> Inbox:
         """Raises what the coordinator was lost by, Invalid for an id in use, Busy with too many open requests."""
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
         if len(self._open) >= MAX_OPEN_REQUESTS:
             raise Busy(f"this client has {MAX_OPEN_REQUESTS} open requests; wait for some to end")
         if request_id in self._open:
@@ -99,8 +99,8 @@ class InboxActor(Actor):
     async def handle(self, message: Updates | Down) -> None:
         match message:
             case Down():
-                self._lost = from_data(message.error)
-                self._end_all(self._lost)
+                self.lost = from_data(message.error)
+                self._end_all(self.lost)
             case Updates():
                 for update in message.updates:
                     if (inbox := self._open.get(update.request_id)) is not None:

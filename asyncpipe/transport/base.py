@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asyncpipe.errors import AsyncPipeError
+from asyncpipe.transport.keys import Keys
 from asyncpipe.wire.handshake import Hello
 from asyncpipe.wire.tensors import Buffer
 
@@ -34,10 +35,13 @@ class LinkOptions:
     control_window: int = 4096  # control messages buffered before send_control raises Busy
     max_frame_bytes: int = 1 << 30
     max_frames: int = 66
-    heartbeat_s: float = 0.5
-    silence_s: float = 3.0  # a peer silent for so long is Broken
+    heartbeat_s: float = 0.25
+    silence_s: float = 2.25  # a peer silent for so long is Broken at the next heartbeat
     handshake_s: float = 5.0
     shared_memory: bool = True  # large frames go through memory that both processes map, where the kernel is shared
+    keys: Keys | None = None  # tcp with keys is authenticated and encrypted (CURVE), on both ends or not at all
+    server_key: str | None = None  # public key of who listens where we connect to; None: of our coordinator
+    insecure: bool = False  # let tcp without keys be reached from other machines
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Link(abc.ABC):
     local: Hello
     remote: Hello
     options: LinkOptions
+    peer_key: str | None = None  # the public key that the peer has proven to own; None where no keys are used
 
     @abc.abstractmethod
     def start(self, receiver: Receiver) -> None:
@@ -140,7 +145,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     async def listen(self, address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions) -> Listener:
-        """Bind `address`. Raises Invalid for a bad address or one in use (one clear line)."""
+        """Bind `address`. Raises Invalid for one that is bad, in use, or open to others without keys (one clear line)."""
 
     @abc.abstractmethod
     async def connect(self, address: str, *, hello: Hello, options: LinkOptions) -> Link:

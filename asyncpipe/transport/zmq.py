@@ -3,6 +3,8 @@
 Every message starts with a five-byte frame, kind and value (`credit.Kind`), followed by the frames of the message. ZeroMQ
 hides that a peer has gone, so links say "I am here" when they have nothing else to say, and one that hears nothing for
 `silence_s` is broken. A connector also watches its socket's own events and notices a dead listener at once.
+
+`tcp://` with keys is CURVE (see `curve`); without keys it is plain, and bound for this machine only.
 """
 
 from __future__ import annotations
@@ -10,19 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
-from asyncpipe.errors import AsyncPipeError, Invalid, Refused, Timeout, WireError
+from asyncpipe.errors import AsyncPipeError, Busy, Invalid, Refused, Timeout, WireError
 from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport
 from asyncpipe.transport.credit import Kind, offer
+from asyncpipe.transport.curve import CURVE_BYTES, HANDSHAKE_FAILED, FailedHandshakes, Gate, curve_client, keys_for
+from asyncpipe.transport.refusals import RefusalLog
 from asyncpipe.transport.shm import proof
 from asyncpipe.transport.zmq_address import bind, check_port, remove_socket_file
 from asyncpipe.transport.zmq_link import Heart, ZmqLink, header_kind, only_frame, plain
-from asyncpipe.transport.zmq_socket import LINGER_MS, LoopSocket, context
+from asyncpipe.transport.zmq_socket import LINGER_MS, LoopSocket, Monitor, RouterSocket, context
 from asyncpipe.wire.handshake import Hello, check_hello, decode_hello, decode_refusal, encode_hello, encode_refusal
 from asyncpipe.wire.tensors import Buffer
 
@@ -36,15 +39,24 @@ log = logging.getLogger(__name__)
 class ZmqListener(Listener):
     """A bound ROUTER and the links over it, by routing id."""
 
-    def __init__(
-        self, socket: zmq.Socket[bytes], address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions
-    ) -> None:
-        self.address = address
+    def __init__(self, address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions) -> None:
         self._hello = _offer(address, hello, options)
         self._on_link = on_link
         self._options = options
         self._links: dict[bytes, ZmqLink] = {}
-        self._socket = LoopSocket(socket, self._on_message)
+        self._gate: Gate | None = None
+        socket = _make_socket(zmq.ROUTER, options, address)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            if keys := keys_for(address, options):
+                self._gate = Gate(socket, keys, self._on_refused)
+            self.address = bind(socket, address, options)
+        except BaseException:
+            self._close_gate()
+            socket.close(linger=0)
+            raise
+        self._refusals = RefusalLog(self.address)
+        self._socket = RouterSocket(socket, self._on_keyed_message) if self._gate else LoopSocket(socket, self._on_message)
         self._heart = Heart(self._links.values, period_s=options.heartbeat_s)
 
     async def close(self) -> None:
@@ -53,8 +65,22 @@ class ZmqListener(Listener):
         self._heart.stop()
         for link in list(self._links.values()):
             await link.close()
+        self._close_gate()
         self._socket.close()
         remove_socket_file(self.address)
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+
+    def _on_keyed_message(self, parts: list[Buffer]) -> None:
+        """A peer may choose its routing id, even that of a link whose own peer has gone a moment ago."""
+        key = self._socket.key_at_hand()
+        link = self._links.get(bytes(parts[0]))
+        if link is None or link.peer_key == key:
+            self._on_message(parts)
+        else:
+            self._on_refused(f"it spoke as {link.remote.role} {link.remote.node}, whose key is another (key {key})")
 
     def _on_message(self, parts: list[Buffer]) -> None:
         identity, rest = bytes(parts[0]), parts[1:]
@@ -74,18 +100,22 @@ class ZmqListener(Listener):
                 self._refuse(identity, "say Hello first")
 
     def _on_hello(self, identity: bytes, frames: Sequence[Buffer]) -> None:
+        key = self._socket.key_at_hand()
         try:
             if len(self._links) >= MAX_LINKS:
                 raise Refused(f"{MAX_LINKS} peers are connected already")
             remote = decode_hello(bytes(only_frame(frames)))
-            check_hello(remote, token=self._hello.token)
+            check_hello(remote, token=self._hello.token, roles=self._roles_of(key))
         except (Refused, WireError) as error:
-            log.warning("refused a peer at %s: %s", self.address, error)
+            self._on_refused(str(error) if key is None else f"{error} (key {key})")
             self._refuse(identity, str(error))
         else:
-            self._accept(identity, remote)
+            self._accept(identity, remote, key)
 
-    def _accept(self, identity: bytes, remote: Hello) -> None:
+    def _roles_of(self, key: str | None) -> Container[str] | None:
+        return None if self._gate is None else self._gate.roles_of(key or "")
+
+    def _accept(self, identity: bytes, remote: Hello, key: str | None) -> None:
         try:
             self._socket.send([identity, plain(Kind.WELCOME), encode_hello(self._hello)])
         except AsyncPipeError as error:
@@ -98,9 +128,13 @@ class ZmqListener(Listener):
             out=lambda parts: self._socket.send([identity, *parts]),
             receive_all=self._socket.receive_all,
             forget=lambda: self._forget(identity),
+            peer_key=key,
         )
         link.share_memory()
         self._on_link(link)
+
+    def _on_refused(self, reason: str) -> None:
+        self._refusals.refused(reason)
 
     def _forget(self, identity: bytes) -> None:
         self._links.pop(identity, None)
@@ -121,28 +155,32 @@ class _Connector:
         self._heart: Heart | None = None
         self._answer: asyncio.Future[ZmqLink] = asyncio.get_running_loop().create_future()
         check_port(address)
+        self._client = curve_client(address, options)
+        self._failures = FailedHandshakes(address, self._client)
         socket = _make_socket(zmq.DEALER, options, address)
+        if self._client is not None:
+            self._client.prepare(socket)
         # The monitor comes first: its events must not miss the connection's end.
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = Monitor(socket, int(zmq.EVENT_DISCONNECTED) | HANDSHAKE_FAILED, self._on_event)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
-            socket.disable_monitor()
-            monitor.close(linger=0)
+            self._monitor.close()
             socket.close(linger=0)
             raise Invalid(f"cannot connect to {address}: {error.strerror}") from None
-        self._monitor = LoopSocket(monitor, self._on_event)
         self._socket = LoopSocket(socket, self._on_message)
 
     async def handshake(self) -> ZmqLink:
         """Raises Timeout, Refused, WireError; then nothing is left open."""
         try:
-            self._socket.send([plain(Kind.HELLO), encode_hello(self._hello)])
+            with contextlib.suppress(Busy):  # ZeroMQ has given up on this listener already; the monitor tells why
+                self._socket.send([plain(Kind.HELLO), encode_hello(self._hello)])
             async with asyncio.timeout(self._options.handshake_s):
                 return await self._answer
         except TimeoutError:
             self.close()
-            raise Timeout(f"nobody answered at {self._address} within {self._options.handshake_s:g} s") from None
+            waited = f"nobody answered at {self._address} within {self._options.handshake_s:g} s"
+            raise Timeout(waited + self._failures.hint()) from None
         except BaseException:
             self.close()
             raise
@@ -151,9 +189,7 @@ class _Connector:
         if self._heart is not None:
             self._heart.stop()
         if self._socket.is_open:
-            # In this order: ZeroMQ would wait for ever to tell a closed monitor of a last event.
-            self._socket.raw.disable_monitor()
-            self._monitor.close(linger_ms=0)
+            self._monitor.close()
             self._socket.close(linger_ms=LINGER_MS if self._link is not None else 0)
 
     def _on_message(self, parts: list[Buffer]) -> None:
@@ -178,16 +214,23 @@ class _Connector:
             out=self._socket.send,
             receive_all=self._socket.receive_all,
             forget=self.close,
+            peer_key=None if self._client is None else self._client.listener,
         )
         self._heart = Heart(lambda: (link,), period_s=self._options.heartbeat_s)
         link.share_memory()
         return link
 
-    def _on_event(self, parts: list[Buffer]) -> None:
-        event = parse_monitor_message([bytes(part) for part in parts])
-        if event["event"] == zmq.EVENT_DISCONNECTED and self._link is not None:
+    def _on_event(self, event: int, detail: int) -> None:
+        if event != zmq.EVENT_DISCONNECTED:
+            self._on_failed_handshake(event, detail)
+        elif self._link is not None:
             self._socket.receive_all()  # its last words, and why it left
             self._link.on_disconnected()
+
+    def _on_failed_handshake(self, event: int, detail: int) -> None:
+        error = self._failures.error(event, detail)
+        if error is not None and not self._answer.done():
+            self._answer.set_exception(error)
 
 
 class ZmqTransport(Transport):
@@ -196,14 +239,7 @@ class ZmqTransport(Transport):
     schemes = frozenset({"inproc", "ipc", "tcp"})
 
     async def listen(self, address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions) -> Listener:
-        socket = _make_socket(zmq.ROUTER, options, address)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        try:
-            real_address = bind(socket, address)
-        except BaseException:
-            socket.close(linger=0)
-            raise
-        return ZmqListener(socket, real_address, hello=hello, on_link=on_link, options=options)
+        return ZmqListener(address, hello=hello, on_link=on_link, options=options)
 
     async def connect(self, address: str, *, hello: Hello, options: LinkOptions) -> ZmqLink:
         return await _Connector(address, hello=hello, options=options).handshake()
@@ -220,8 +256,9 @@ def _make_socket(kind: int, options: LinkOptions, address: str) -> zmq.Socket[by
     high_water_mark = options.window + options.control_window + SPARE_MESSAGES
     socket.setsockopt(zmq.SNDHWM, high_water_mark)
     socket.setsockopt(zmq.RCVHWM, high_water_mark)
-    socket.setsockopt(zmq.MAXMSGSIZE, options.max_frame_bytes)
+    socket.setsockopt(zmq.MAXMSGSIZE, options.max_frame_bytes + (CURVE_BYTES if keys_for(address, options) else 0))
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, max(1, int(options.handshake_s * 1000)))
     socket.setsockopt(zmq.IPV6, int("[" in address))
     return socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import socket
 import stat
 from pathlib import Path
@@ -11,15 +12,18 @@ from pathlib import Path
 import zmq
 
 from asyncpipe.errors import Invalid
+from asyncpipe.transport.base import LinkOptions
 
 LOOPBACK_NAMES = frozenset({"localhost", "lo"})
 MAX_PORT = 65_535
 
+log = logging.getLogger(__name__)
 
-def bind(to_bind: zmq.Socket[bytes], address: str) -> str:
+
+def bind(to_bind: zmq.Socket[bytes], address: str, options: LinkOptions) -> str:
     """Bind, and return the address with its real port. Raises Invalid."""
     check_port(address)
-    _check_may_bind(address)
+    _check_may_bind(address, options)
     _check_socket_path(address)
     try:
         to_bind.bind(address.replace("//localhost:", "//127.0.0.1:", 1))  # ZeroMQ binds no host names
@@ -45,11 +49,17 @@ def check_port(address: str) -> None:
         raise Invalid(f"{address} needs a port, tcp://HOST:PORT with PORT from 0 to {MAX_PORT}")
 
 
-def _check_may_bind(address: str) -> None:
-    """Keys are not spoken yet, so nothing but this machine may reach us."""
+def _check_may_bind(address: str, options: LinkOptions) -> None:
+    """Without keys, nothing but this machine may reach us."""
     scheme, _, rest = address.partition("://")
-    if scheme == "tcp" and not _is_loopback(rest.rpartition(":")[0]):
-        raise Invalid(f"{address} can be reached from other machines, which needs CURVE keys; bind tcp://127.0.0.1:PORT")
+    if scheme != "tcp" or options.keys is not None or _is_loopback(rest.rpartition(":")[0]):
+        return
+    if not options.insecure:
+        raise Invalid(
+            f"{address} can be reached from other machines, which needs CURVE keys: make them with asyncpipe-coordinator"
+            " keygen, or bind tcp://127.0.0.1:PORT"
+        )
+    log.warning("INSECURE: whoever can reach %s can use it, and whoever is on the way can read all that is said", address)
 
 
 def _is_loopback(host: str) -> bool:

@@ -32,8 +32,10 @@ class ZmqLink(CreditedLink):
         out: Out,
         receive_all: Callable[[], None],
         forget: Callable[[], None],
+        peer_key: str | None = None,
     ) -> None:
         super().__init__(local=local, remote=remote, options=options)
+        self.peer_key = peer_key
         self._out = out
         self._receive_all = receive_all
         self._forget = forget

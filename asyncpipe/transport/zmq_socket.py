@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
 
 import zmq
 import zmq.utils.garbage  # here, so that its exit handler, which frees what is being sent, runs after ours
+from zmq.utils.monitor import parse_monitor_message
 
 from asyncpipe.errors import Broken, Busy
 from asyncpipe.transport.credit import nbytes_of
@@ -33,6 +35,7 @@ EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 log = logging.getLogger(__name__)
 
 OnMessage = Callable[[list[Buffer]], None]
+OnEvent = Callable[[int, int], None]
 
 
 def context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -51,6 +54,8 @@ def _context_of(pid: int) -> zmq.Context[zmq.Socket[bytes]]:
 def _flush_at_exit(created: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
     """What closed sockets still had to send goes out before the process ends, for at most LINGER_MS."""
     if pid == os.getpid() and not created.closed:
+        for monitor in _open_monitors:
+            monitor.be_silent(created)
         created.destroy(linger=0)  # of sockets still open: their owners did not care to close them
 
 
@@ -67,12 +72,12 @@ class LoopSocket:
         self._schedule_drain()
 
     @property
-    def raw(self) -> zmq.Socket[bytes]:
-        return self._socket
-
-    @property
     def is_open(self) -> bool:
         return not self._socket.closed
+
+    def key_at_hand(self) -> str | None:
+        """The public key of who sent the message that `on_message` has now; None where no keys are used."""
+        return None
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Raises Busy at the high-water mark, Broken when the socket is closed or the peer unknown to it."""
@@ -144,3 +149,60 @@ class LoopSocket:
             parts.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer.toreadonly())
             if not frame.more:
                 return parts
+
+
+class RouterSocket(LoopSocket):
+    """For a ROUTER with CURVE: knows whose message it has at hand."""
+
+    _routing_id: zmq.Frame
+
+    def key_at_hand(self) -> str:
+        """Empty when nobody vouches for one."""
+        try:
+            return str(self._routing_id.get("User-Id"))
+        except zmq.ZMQError:
+            return ""
+
+    def _receive_parts(self) -> list[Buffer]:
+        """Remembers the first frame, in which ZeroMQ keeps what it knows of the sender, rather than a large one."""
+        self._routing_id = first = self._socket.recv(NOBLOCK, copy=False)
+        return [first.bytes, *super()._receive_parts()] if first.more else [first.bytes]
+
+
+class Monitor:
+    """Tells `on_event`, from the loop, what ZeroMQ says happens to `socket`: an EVENT_ constant, and a number that explains it.
+
+    As pyzmq's `get_monitor_socket`, with two differences. It has no high-water mark, at which ZeroMQ would stop all I/O of
+    this process until somebody reads on: strangers cause events, too. And one that nobody closes stays, rather than be
+    collected before its socket, whose next event ZeroMQ would then wait for ever to tell.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: OnEvent) -> None:
+        self._watched = socket
+        self._on_event = on_event
+        address = f"inproc://asyncpipe-monitor-{next(_monitor_numbers)}"
+        socket.monitor(address, events)
+        pair = context().socket(zmq.PAIR)
+        pair.setsockopt(zmq.RCVHWM, 0)
+        pair.connect(address)
+        self._pair = LoopSocket(pair, self._on_message)
+        _open_monitors.add(self)
+
+    def close(self) -> None:
+        """To be called before the socket is closed."""
+        self._watched.disable_monitor()
+        self._pair.close(linger_ms=0)
+        _open_monitors.discard(self)
+
+    def be_silent(self, ending: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """When a context ends, which closes its sockets in any order."""
+        if self._watched.context is ending and not self._watched.closed:
+            self._watched.disable_monitor()
+
+    def _on_message(self, parts: list[Buffer]) -> None:
+        event = parse_monitor_message([bytes(part) for part in parts])
+        self._on_event(event["event"], event["value"])
+
+
+_monitor_numbers = itertools.count(1)
+_open_monitors: set[Monitor] = set()

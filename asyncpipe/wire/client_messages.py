@@ -19,10 +19,12 @@ from asyncpipe.wire.fields import (
     Name,
     Request,
     Seconds,
+    Seed,
     Text,
     TokenId,
     TokenIds,
 )
+from asyncpipe.wire.links import LinkKind
 from asyncpipe.wire.sampling import FinishReason, Sampling, TokenLogprobs
 from asyncpipe.wire.tiers import TierReport, TransferReport
 
@@ -34,12 +36,14 @@ class Accepted(Message, frozen=True, kw_only=True):
 
     request_id: Id
     prompt_token_ids: TokenIds
+    seed: Seed = 0  # given or drawn: with it the same request has the same tokens
 
 
 class Generate(Request[Accepted], frozen=True, kw_only=True, omit_defaults=True):
     """client -> coordinator: generate from `prompt` or `prompt_token_ids` (exactly one).
 
-    Requests of a higher `priority` leave the waiting queue first.
+    Requests of a higher `priority` leave the waiting queue first. With `generated_token_ids` it goes on after those, which the
+    client has from a coordinator before this one: the next piece has the index of their number.
     """
 
     request_id: Id
@@ -48,6 +52,7 @@ class Generate(Request[Accepted], frozen=True, kw_only=True, omit_defaults=True)
     sampling: Sampling = Sampling()
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     deadline_s: Seconds | None = None  # from arrival; None is no deadline of the client's own
+    generated_token_ids: TokenIds = ()
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -81,6 +86,7 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     peak_host_bytes: Count = 0  # of the worker process
     peak_device_bytes: Count = 0  # on a GPU
     idle: IdleTimes = IdleTimes()
+    link: LinkKind = LinkKind.ZMQ  # by which its hidden states go to the next stage
     kv_blocks: Count = 0  # blocks that fit into this stage's KV memory
     policy: Policy = Policy()  # what was asked for
     tiers: TierReport = TierReport()  # what became of it
@@ -118,6 +124,8 @@ class Status(Message, frozen=True, kw_only=True):
     model: Name
     state: Name
     uptime_s: Seconds
+    restarts: Count = 0  # times that lost stages were replaced
+    spares: Count = 0  # workers that wait to take a lost one's place
     requests_waiting: Count
     requests_running: Count
     requests_finished: Count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Container
 from dataclasses import dataclass
 
 import msgpack
@@ -75,12 +76,17 @@ def decode_refusal(data: bytes | memoryview) -> str:
     return _text(_unpack(data), "refused", default="no reason given", limit=1024)
 
 
-def check_hello(hello: Hello, *, token: str) -> None:
-    """Raises Refused when a peer of this Hello cannot be spoken to, or does not know `token`."""
+def check_hello(hello: Hello, *, token: str, roles: Container[str] | None = None) -> None:
+    """Raises Refused when a peer of this Hello cannot be spoken to, or does not know `token`.
+
+    `roles` are those that its key gives it; None where no keys are used, and it may have any.
+    """
     if hello.major != PROTOCOL_MAJOR:
         raise Refused(f"protocol {hello.major}.{hello.minor} is not spoken here; this side speaks {PROTOCOL_MAJOR}.x")
     if token and not hmac.compare_digest(hello.token.encode(), token.encode()):
         raise Refused("wrong or missing token")
+    if roles is not None and hello.role not in roles:
+        raise Refused(f"this key is not allowed to be a {hello.role!r}")
 
 
 def _pack(fields: dict[str, object]) -> bytes:

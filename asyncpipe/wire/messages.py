@@ -25,6 +25,7 @@ from asyncpipe.wire.client_messages import (
     Usage,
 )
 from asyncpipe.wire.fields import MAX_CONTEXT_TOKENS, MAX_STAGES, Message, Name, Request
+from asyncpipe.wire.links import HostLink, LinkHosted, LinkOffer, Posted
 from asyncpipe.wire.sampling import Alternative, FinishReason, Sampling, TokenLogprobs
 from asyncpipe.wire.stage_messages import (
     Chunk,
@@ -67,7 +68,7 @@ class ServiceFailed(Message, frozen=True, kw_only=True):
 ServiceAnnouncement = ServiceReady | ServiceFailed
 ClientToCoordinator = Generate | Cancel | GetStatus
 WorkerToCoordinator = Join | Tokens | StageFailed
-ToStage = LoadStage | ConnectNext | GetCounters | GetClock | GetSpans | Step
+ToStage = LoadStage | ConnectNext | HostLink | GetCounters | GetClock | GetSpans | Step
 
 __all__ = [
     "MAX_CONTEXT_TOKENS",
@@ -88,15 +89,19 @@ __all__ = [
     "GetCounters",
     "GetSpans",
     "GetStatus",
+    "HostLink",
     "IdleTimes",
     "Join",
     "KVStatus",
+    "LinkHosted",
+    "LinkOffer",
     "LoadStage",
     "Message",
     "Moved",
     "Opened",
     "Piece",
     "PipelineStatus",
+    "Posted",
     "PromptLogprobs",
     "PromptScored",
     "Ready",

@@ -25,6 +25,7 @@ from asyncpipe.wire.fields import (
     Text,
     TokenIds,
 )
+from asyncpipe.wire.links import LinkKind, Posted
 from asyncpipe.wire.sampling import Sampling, TokenLogprobs
 from asyncpipe.wire.tensors import Tensor
 from asyncpipe.wire.tiers import TierReport, TransferReport
@@ -90,7 +91,8 @@ Timings = Annotated[tuple[StageTiming, ...], Meta(max_length=MAX_STAGES)]
 class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     """coordinator -> stage 0, and stage k -> stage k + 1 with `hidden`: compute one step of one micro-batch.
 
-    `hidden` is (T, D): T counts the step's rows. `timings` has one entry a stage that the step has passed.
+    `hidden` is (T, D): T counts the step's rows. Over a link beside the messages it is `posted`. `timings` has one entry a
+    stage that the step has passed.
     """
 
     epoch: Count
@@ -99,6 +101,7 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     delta: Delta
     timings: Timings = ()
     hidden: Tensor | None = None
+    posted: Posted | None = None
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -135,11 +138,18 @@ class Welcome(Message, frozen=True, kw_only=True):
 class Join(Request[Welcome], frozen=True, kw_only=True):
     """worker -> coordinator, first: who it is and where its predecessor can reach it."""
 
-    slot: Count  # which spawned worker this is; the coordinator maps slots to stages
+    slot: Count | None = None  # which of the processes that the coordinator has started; None: of none
+    rank: Count | None = None  # which stage it would like to be: that of its place in its launcher's job
+    stage: Count | None = None  # which one it has been, for a coordinator before this one, and still holds
     pid: Count
     host: Name
     device: Name
+    device_name: Name = ""  # as its maker calls it
+    card: Name = ""  # a GPU's UUID: device numbers repeat where processes see different cards
+    memory_bytes: Count = 0  # of the device, in all
+    num_cores: Count = 0  # that the process may use
     address: Name
+    public_key: Name = ""  # by which whoever connects to `address` knows it
 
 
 class StageReport(Message, frozen=True, kw_only=True):
@@ -156,7 +166,7 @@ class StageReport(Message, frozen=True, kw_only=True):
 
 
 class StageFailed(Message, frozen=True, kw_only=True):
-    """any stage -> coordinator: a step could not be computed."""
+    """any stage -> coordinator: `stage` could not compute a step, or the one before it cannot reach it."""
 
     epoch: Count
     stage: Count
@@ -213,6 +223,10 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     first_layer: Count
     last_layer: Count
     checkpoint: Name  # a directory on the worker's own file system; with `dummy_weights` only a name
+    model: Name = ""  # a hub name, or `asyncpipe.model_place.BUNDLED`: where to look when there is no such directory
+    device: Name = ""  # to compute on; empty: that of the worker's own command line
+    cpus: Name = ""  # to keep to, like 0-3,8; empty: those it has
+    previous_key: Name = ""  # of the stage before, which will connect; empty: none is asked for
     config_json: Text  # the model's config.json
     dummy_weights: bool = False  # random ones instead of the checkpoint's
     dtype: Name  # float32, bfloat16, float16
@@ -230,9 +244,10 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """worker -> coordinator, the answer to `ConnectNext`."""
+    """worker -> coordinator, the answer to `ConnectNext`: how its hidden states travel."""
 
     stage: Count
+    link: LinkKind = LinkKind.ZMQ
 
 
 class ConnectNext(Request[Ready], frozen=True, kw_only=True):
@@ -240,6 +255,8 @@ class ConnectNext(Request[Ready], frozen=True, kw_only=True):
 
     epoch: Count
     address: Name | None
+    public_key: Name = ""  # that the next stage must have; empty: none is asked for
+    link: Name = LinkKind.ZMQ  # for hidden states: one of LINK_WISHES
 
 
 class GetCounters(Request[StageCounters], frozen=True, kw_only=True):

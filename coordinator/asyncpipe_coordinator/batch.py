@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from asyncpipe.client import Client, Generation, connect
 from asyncpipe.client.sampling import make_sampling
-from asyncpipe.errors import AsyncPipeError, Busy, Invalid, StageLost, Timeout
+from asyncpipe.errors import AsyncPipeError, Busy, Invalid, Timeout
 from asyncpipe_coordinator.batch_files import ResultWriter
 from asyncpipe_coordinator.batch_input import InputLine, count_lines, read_lines
 from asyncpipe_coordinator.batch_lines import (
@@ -31,12 +31,10 @@ from asyncpipe_coordinator.batch_order import Reorder
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.generate import open_service
 from asyncpipe_coordinator.options import sampling_options
-from asyncpipe_coordinator.service import Service
 from asyncpipe_coordinator.summary import Tally, summarize, summary_lines
 
 MAX_IN_FLIGHT = 1024  # lines sent to the coordinator at once
 MAX_BEGUN = 8192  # lines read and not written yet: those in flight, and those that wait for an earlier one
-RETRY_LOST_S = 0.5  # after a stage was lost, until the pipeline is up again
 
 
 async def batch(arguments: argparse.Namespace, config: ServiceConfig) -> int:
@@ -104,21 +102,18 @@ class _Run:
         ):
             start_s = time.monotonic()
             try:
-                await self._all_lines(client, service)
+                await self._all_lines(client)
             finally:
                 self._bar.close()
             self._tally.seconds = time.monotonic() - start_s
             return summarize(self._tally, await client.status())
 
-    async def _all_lines(self, client: Client, service: Service) -> None:
+    async def _all_lines(self, client: Client) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(service.run(), name="serve")
-                async with asyncio.TaskGroup() as lines:
-                    for line in self._open_lines():
-                        await self._room_for(line.number)
-                        lines.create_task(self._one(client, line), name=f"line {line.number}")
-                serving.cancel()
+                for line in self._open_lines():
+                    await self._room_for(line.number)
+                    group.create_task(self._one(client, line), name=f"line {line.number}")
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
 
@@ -151,7 +146,7 @@ class _Run:
         self._show()
 
     async def _generate(self, client: Client, request: BatchRequest) -> Generation:
-        """Again from the start when a stage was lost: the service brings the pipeline up again, or ends the batch."""
+        """Again when there was no room. Raises StageLost when the pipeline is lost for good: the line is not to blame."""
         deadline_s = time.monotonic() + self._arguments.timeout
         while True:
             try:
@@ -161,8 +156,6 @@ class _Run:
                     priority=request.priority,
                     **(self._defaults | request.options),
                 )
-            except StageLost:
-                await asyncio.sleep(RETRY_LOST_S)
             except Busy as busy:
                 await asyncio.sleep(max(busy.retry_after_s, 0.01))
 

@@ -13,7 +13,14 @@ from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
 from asyncpipe_coordinator.bench_options import BENCH_EPILOG, add_bench_options
 from asyncpipe_coordinator.flags import Parser
-from asyncpipe_coordinator.options import add_model_options, add_sampling_options, check_log_level, config_of
+from asyncpipe_coordinator.keygen import DEFAULT_DIRECTORY, KEYGEN_EPILOG
+from asyncpipe_coordinator.options import (
+    add_cluster_options,
+    add_model_options,
+    add_sampling_options,
+    check_log_level,
+    config_of,
+)
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -53,6 +60,7 @@ every line exactly once.
 
 SERVE_EPILOG = """examples:
   asyncpipe-coordinator serve --stages 2
+  asyncpipe-coordinator serve ./opt-30b --stages 4 --workers external --bind tcp://0.0.0.0:5550 --keys asyncpipe-keys
   asyncpipe-coordinator serve ./opt-1.3b --stages 2 --bind tcp://127.0.0.1:0 --json
 
 then, in Python:
@@ -63,6 +71,7 @@ then, in Python:
 STATUS_EPILOG = """examples:
   asyncpipe-coordinator status
   asyncpipe-coordinator status tcp://127.0.0.1:5550 --json
+  asyncpipe-coordinator status tcp://gpu1:5550 --keys ./asyncpipe-keys
 """
 
 
@@ -87,6 +96,7 @@ def build_parser() -> Parser:
     _add_bench(commands)
     _add_status(commands)
     _add_convert(commands)
+    _add_keygen(commands)
     return parser
 
 
@@ -125,6 +135,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
         argv = worker_arguments(arguments)
         return run(lambda: convert(arguments, argv))
+    if arguments.command == "keygen":
+        from asyncpipe_coordinator.keygen import keygen
+
+        return keygen(arguments)
     if arguments.command == "bench":
         from asyncpipe_coordinator.bench import bench
 
@@ -187,6 +201,7 @@ def _add_batch(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _subparser(commands, "serve", "Serve a model to clients until stopped.", SERVE_EPILOG)
     add_model_options(parser)
+    add_cluster_options(parser)
     parser.option("--bind", default=DEFAULT_BIND, metavar="ADDRESS", help=f"for clients (default: {DEFAULT_BIND})")
     parser.option("--json", action="store_true", help="print one JSON line with the address when ready")
     parser.add_argument("--announce", metavar="ADDRESS", help=argparse.SUPPRESS)
@@ -201,6 +216,7 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_status(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = _subparser(commands, "status", "Show what a running coordinator does.", STATUS_EPILOG)
     parser.add_argument("address", nargs="?", default=DEFAULT_BIND, metavar="ADDRESS", help=f"default: {DEFAULT_BIND}")
+    parser.option("--keys", metavar="DIR", help="a directory with a client's keys, for a coordinator that asks for them")
     parser.option("--json", action="store_true", help="all of it as one JSON object")
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
@@ -217,6 +233,16 @@ def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.option("--overwrite", action="store_true", help="replace TARGET")
     parser.option("--json", action="store_true", help="the summary as JSON on stdout")
     parser.option("--quiet", action="store_true", help="no progress, no summary")
+    parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
+
+
+def _add_keygen(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _subparser(commands, "keygen", "Make keys, for workers and clients on other machines.", KEYGEN_EPILOG)
+    help_of_directory = f"where keys are kept (default: {DEFAULT_DIRECTORY})"
+    parser.add_argument("directory", nargs="?", default=DEFAULT_DIRECTORY, metavar="DIR", help=help_of_directory)
+    parser.option("--worker", action="append", metavar="NAME", help="one more key, for a worker; may be repeated")
+    parser.option("--client", action="append", metavar="NAME", help="one more key, for a client; may be repeated")
+    parser.option("--json", action="store_true", help="what was made as one JSON object, without secrets")
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
 
 

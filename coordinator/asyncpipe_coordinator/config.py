@@ -10,6 +10,7 @@ from asyncpipe.cores import PIN_MODES, cpus_of_stages, find_cores
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import MAX_BATCHES, QUANTIZE_FORMS, Placement, Policy
 from asyncpipe.simulation import Simulation, is_simulation
+from asyncpipe.wire.links import LINK_WISHES, LinkKind
 from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS
 from asyncpipe_coordinator.core.limits import Schedule
 
@@ -17,12 +18,15 @@ MAX_STAGES = 256
 MAX_MICRO_BATCHES = 1024
 MAX_SEQUENCES = MAX_BATCHES
 MODEL_IMPLS = ("auto", "native", "transformers")
+WORKERS = ("local", "external")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEFAULT_POLICY = Policy()
 STEP_TOKENS = 512
 STREAMING_STEP_TOKENS = 4096  # a step costs a pass over all weights, so it should be large
 STEP_TIMEOUT_S = 120.0
+JOIN_TIMEOUT_S = 60.0
+EXTERNAL_JOIN_TIMEOUT_S = 3600.0  # people start them, and machines that boot
 STREAMING_STEP_TIMEOUT_S = 3600.0  # a pass over a large model on a disk takes long
 
 
@@ -51,14 +55,26 @@ class ServiceConfig:
     device: str = "cpu"
     threads_per_stage: int | None = None  # None: the machine's cores, shared out
     pin: str = "auto"  # which cores a stage keeps to: auto, cores or off (asyncpipe.cores)
-    max_restarts: int = 3  # of the whole pipeline, within restart_period_s; 0: the first loss is the end
+    workers: str = "local"  # or external: whoever joins, from this machine or another
+    spares: int = 0  # local workers that wait to take a lost one's place
+    link: str = "auto"  # for hidden states: zmq, gloo, nccl, or the best that two neighbours have
+    model_name: str = ""  # where external workers look when they do not have `checkpoint`: see LoadStage.model
+    max_restarts: int = 3  # of stages, within restart_period_s; 0: the first loss is the end
     restart_period_s: float = 60.0
-    join_timeout_s: float = 60.0
+    join_timeout_s: float | None = None  # None: by where the workers come from
     load_timeout_s: float = 600.0
     step_timeout_s: float | None = None  # None: by the policy
 
     def __post_init__(self) -> None:
         _check_range("--stages", self.num_stages, low=1, high=MAX_STAGES)
+        _check_range("--spares", self.spares, low=0, high=MAX_STAGES)
+        _check_range("--max-restarts", self.max_restarts, low=0, high=1_000_000)
+        if self.workers not in WORKERS:
+            raise Invalid(f"--workers {self.workers}: use one of {', '.join(WORKERS)}")
+        if self.link not in LINK_WISHES:
+            raise Invalid(f"--link {self.link}: use one of {', '.join(LINK_WISHES)}")
+        if self.spares and not self.workers_are_local:
+            raise Invalid("--spares is for --workers local; of external workers, all that join beyond --stages are spares")
         if self.num_micro_batches is not None:
             _check_range("--micro-batches", self.num_micro_batches, low=1, high=MAX_MICRO_BATCHES)
         if self.threads_per_stage is not None:
@@ -119,9 +135,32 @@ class ServiceConfig:
         return Simulation.parse(self.device) if is_simulation(self.device) else None
 
     @property
+    def workers_are_local(self) -> bool:
+        return self.workers == "local"
+
+    @property
+    def link_wish(self) -> str:
+        """Of a stage to the next one. Where it can only be one, workers need not talk about it."""
+        may_have_cards = self.device.startswith("cuda") or not self.workers_are_local
+        return LinkKind.ZMQ if self.link == "auto" and not may_have_cards else self.link
+
+    @property
+    def join_deadline_s(self) -> float:
+        """For workers to come, at the start and when one has been lost."""
+        if self.join_timeout_s is not None:
+            return self.join_timeout_s
+        return JOIN_TIMEOUT_S if self.workers_are_local else EXTERNAL_JOIN_TIMEOUT_S
+
+    @property
     def threads(self) -> int:
         """Compute threads of one stage, so that the stages of this machine together use its cores once."""
         return self.threads_per_stage or max(1, find_cores().count // self.num_stages)
+
+    def threads_of(self, num_cores: int, *, num_neighbours: int) -> int:
+        """... of a worker that may use `num_cores` cores, when so many stages are on its machine, itself included."""
+        if self.workers_are_local:
+            return self.threads
+        return self.threads_per_stage or max(1, num_cores // num_neighbours)
 
     @property
     def oversubscribes(self) -> bool:
@@ -131,7 +170,7 @@ class ServiceConfig:
     @property
     def cpus(self) -> list[tuple[int, ...]] | None:
         """That each stage keeps to; None: any."""
-        if self.device != "cpu":
+        if self.device != "cpu" or not self.workers_are_local:
             return None
         return cpus_of_stages(find_cores(), self.pin, num_stages=self.num_stages, threads=self.threads)
 

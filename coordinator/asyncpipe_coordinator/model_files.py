@@ -6,19 +6,17 @@ Looking here first means that a wrong directory or a broken download is one clea
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_place import BUNDLED, BUNDLED_MODEL, download, is_hub_name
 from asyncpipe.model_shape import ModelShape, model_fields
 from asyncpipe_coordinator.known_models import known_config, known_names
 from asyncpipe_coordinator.tensor_files import NUMPY_EMBEDDING, check_tensors
 from asyncpipe_coordinator.tensor_shapes import expected_shapes, find_architecture, model_shape
 
-BUNDLED_MODEL = Path(__file__).parent / "bundled_model"
-HUB_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 NUMPY_SUFFIX = "-np"  # of a directory of FlexLLMGen's: one file in numpy's format for each tensor
 DUMMY_PATH = "_DUMMY_"
 GREEDY_DEFAULTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -54,11 +52,13 @@ class ModelInfo:
         return self.shape.max_context_len
 
 
-def resolve_model(name: str | None, *, dummy: bool = False, weights: str | None = None) -> Path:
+def resolve_model(
+    name: str | None, *, dummy: bool = False, weights: str | None = None, with_weights: bool | None = None
+) -> Path:
     """A directory for `name`: itself, the bundled model for None, or a hub name's snapshot.
 
     With `weights`, the directory of FlexLLMGen's in there. With `dummy` a known shape is only a name, and a hub name's weights
-    stay where they are. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are respected. Raises Invalid.
+    stay where they are; `with_weights` says whether they are wanted otherwise. Raises Invalid.
     """
     if weights is not None:
         return _numpy_directory(name, weights)
@@ -75,7 +75,14 @@ def resolve_model(name: str | None, *, dummy: bool = False, weights: str | None 
         raise Invalid(f"there is no directory {name}, and it is no known shape: {', '.join(known_names())}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Invalid(f"there is no directory {name} (a hub name looks like facebook/opt-125m)")
-    return _download(name, with_weights=not dummy)
+    return download(name, with_weights=not dummy if with_weights is None else with_weights)
+
+
+def name_elsewhere(name: str | None) -> str:
+    """By which other machines can find the model when they do not have the same directory; empty: none."""
+    if name is None:
+        return BUNDLED
+    return name if is_hub_name(name) else ""
 
 
 def has_dummy_path(weights: str | None) -> bool:
@@ -94,28 +101,6 @@ def _numpy_directory(name: str | None, weights: str) -> Path:
     if not path.is_dir():
         raise Invalid(f"--path {weights}: there is no directory {path}; --load-format dummy runs without weights")
     return path.resolve()
-
-
-def _download(name: str, *, with_weights: bool) -> Path:
-    """The hub's snapshot of `name`, from its cache or over the network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if not with_weights:
-            return Path(snapshot_download(name, allow_patterns=HUB_SMALL_FILES))
-        path = Path(snapshot_download(name, allow_patterns=[*HUB_SMALL_FILES, "*.safetensors"]))
-        if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*HUB_SMALL_FILES, "*.bin"]))
-        return path
-    except HFValidationError as error:
-        raise Invalid(f"{name} is neither a directory nor a hub name: {_one_line(error)}") from None
-    except LocalEntryNotFoundError:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise Invalid(f"{name} is not a directory, it is not in the hub's local cache, and {why}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise Invalid(f"cannot get {name} from the hub: {_one_line(error)}") from None
 
 
 def inspect_model(path: Path, *, dummy: bool = False, native: bool = False) -> ModelInfo:

@@ -11,7 +11,7 @@ from asyncpipe.errors import Invalid
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.flags import ENV_PREFIX, Parser, layer_counts, size_bytes, token_biases, token_ids
-from asyncpipe_coordinator.model_files import generation_defaults, has_dummy_path, resolve_model
+from asyncpipe_coordinator.model_files import generation_defaults, has_dummy_path, name_elsewhere, resolve_model
 from asyncpipe_coordinator.policy_options import add_policy_options, chosen_policy
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -71,7 +71,28 @@ def add_model_options(parser: Parser) -> None:
     pin_help = "keep stages to NUMA nodes, or each thread to a core of its own (default: auto: to nodes if there are several)"
     parser.option("--pin", default="auto", metavar="auto|cores|off", help=pin_help)
     add_policy_options(parser)
+    link_help = "for hidden states: zmq; gloo (CPUs) or nccl (GPUs) of torch (default: auto, nccl from card to card)"
+    parser.option("--link", default="auto", metavar="auto|zmq|gloo|nccl", help=link_help)
+    parser.option("--spares", type=int, default=0, metavar="N", help="processes that wait to replace a lost one (default: 0)")
+    parser.option(
+        "--max-restarts", type=int, default=3, metavar="N", help="lost workers to replace within a minute (default: 3)"
+    )
     parser.option("--log-level", default="warning", metavar="LEVEL", help="debug, info, warning or error")
+
+
+def add_cluster_options(parser: Parser) -> None:
+    """Where workers come from, and who may come."""
+    parser.option(
+        "--workers",
+        default="local",
+        metavar="local|external",
+        help="local: started here; external: those that join from anywhere, see asyncpipe-worker --help (default: local)",
+    )
+    parser.option(
+        "--join-timeout", type=float, metavar="S", help="seconds to wait for missing workers (default: 60; external: 3600)"
+    )
+    parser.option("--keys", metavar="DIR", help="the coordinator's key and those it lets in, of keygen (default: no keys)")
+    parser.option("--insecure", action="store_true", help="without keys, let other machines reach --bind all the same")
 
 
 def add_sampling_options(parser: Parser) -> None:
@@ -129,8 +150,18 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
     except ValueError:
         raise Invalid(f"--schedule {arguments.schedule}: use one of {', '.join(Schedule)}") from None
     policy, dummy = chosen_policy(arguments), _wants_dummy_weights(arguments)  # mistakes in these come before a download
+    workers = getattr(arguments, "workers", "local")
+    weights_are_here = not dummy and workers == "local"
     return ServiceConfig(
-        checkpoint=resolve_model(arguments.model, dummy=dummy, weights=None if dummy else arguments.path),
+        checkpoint=resolve_model(
+            arguments.model, dummy=dummy, weights=None if dummy else arguments.path, with_weights=weights_are_here
+        ),
+        model_name=name_elsewhere(arguments.model),
+        workers=workers,
+        link=arguments.link,
+        spares=arguments.spares,
+        max_restarts=arguments.max_restarts,
+        join_timeout_s=getattr(arguments, "join_timeout", None),
         dummy_weights=dummy,
         num_stages=arguments.stages,
         split=arguments.split,

@@ -12,8 +12,8 @@ from asyncpipe_coordinator.tier_lines import policy_text, tiers_text, transfers_
 
 
 async def status(arguments: argparse.Namespace) -> int:
-    """Raises Timeout when nobody answers at the address."""
-    async with connect(arguments.address) as client:
+    """Raises Timeout when nobody answers at the address, Refused when it does not know our key."""
+    async with connect(arguments.address, keys=arguments.keys) as client:
         found = await client.status()
     print(msgspec.json.encode(found).decode() if arguments.json else "\n".join(status_lines(found)))
     return 0

@@ -71,7 +71,8 @@ def test_killed_at_any_moment_and_run_again_every_line_is_there_once(tmp_path: P
     rng = random.Random(3)
     num_kills = 0
     while True:
-        process = subprocess.Popen(arguments(tmp_path, "--quiet", *flag), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = arguments(tmp_path, "--quiet", "--max-sequences", 6, *flag)  # so few that it takes some seconds
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             _, said = process.communicate(timeout=0.6 + rng.random() * 0.8)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Workers that die or freeze, and Ctrl-C at any moment: a clear error soon, and nothing left behind."""
+"""Workers that die or freeze, and Ctrl-C at any moment: streams go on or end with a clear error, and nothing is left."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from asyncpipe import StageLost, connect
+from asyncpipe import Client, StageLost, connect
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
 from tests.checkpoints import make_opt
@@ -27,48 +29,117 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_opt(tmp_path_factory.mktemp("model"), max_positions=16_384)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint: Path) -> list[tuple[int, ...]]:
+    """What `stream_all` gives when nobody dies."""
+
+    async def scenario() -> list[tuple[int, ...]]:
+        async with Service.open(two_stages(checkpoint)) as service, connect(await service.listen("memory://clients")) as client:
+            return await stream_all(client, at_token=lambda _: None)
+
+    return run(scenario(), timeout_s=60)
+
+
+def two_stages(checkpoint: Path, **options: Any) -> ServiceConfig:
+    return ServiceConfig(checkpoint=checkpoint, num_stages=2, threads_per_stage=1, **options)
+
+
+async def stream_all(client: Client, *, at_token: Callable[[int], object]) -> list[tuple[int, ...]]:
+    """Three streams at once, greedy and seeded; `at_token` hears the index of each token of the first."""
+
+    async def one(number: int, temperature: float) -> tuple[int, ...]:
+        token_ids: list[int] = []
+        options = {"max_new_tokens": 120, "ignore_eos": True, "temperature": temperature, "seed": 7}
+        async for piece in client.stream("to be"[: 2 + number], **options):
+            assert piece.index == len(token_ids), "a token was lost or repeated"
+            token_ids.append(piece.token_id)
+            if number == 0:
+                at_token(piece.index)
+        return tuple(token_ids)
+
+    return list(await asyncio.gather(one(0, 0.0), one(1, 0.8), one(2, 0.0)))
+
+
+@pytest.mark.parametrize("spares", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_the_client_hears_which_stage_was_lost(checkpoint: Path, number: signal.Signals, stage: int) -> None:
+def test_streams_go_on_when_a_worker_dies_or_freezes(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], number: signal.Signals, stage: int, spares: int
+) -> None:
+    """No token is lost, repeated or changed, and the other stage keeps its process."""
+
     async def scenario() -> None:
-        config = ServiceConfig(checkpoint=checkpoint, num_stages=2, threads_per_stage=1)
+        config = two_stages(checkpoint, spares=spares)
         async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
-            pid = (await client.status()).stages[stage].pid
-            with pytest.raises(StageLost, match=f"stage {stage}"):
+            before = await client.status()
+            struck = before.stages[stage].pid
+            assert await stream_all(client, at_token=lambda index: index == 40 and os.kill(struck, number)) == undisturbed
+            after = await client.status()
+            assert after.stages[stage].pid != struck
+            assert after.stages[1 - stage].pid == before.stages[1 - stage].pid
+            assert after.restarts == 1
+            assert (after.requests_failed, after.requests_finished) == (0, 3)
+        assert not is_alive(struck)
+
+    run(scenario(), timeout_s=60)
+
+
+def test_streams_go_on_when_all_workers_die_at_once(checkpoint: Path, undisturbed: list[tuple[int, ...]]) -> None:
+    async def scenario() -> None:
+        async with Service.open(two_stages(checkpoint)) as service, connect(await service.listen("memory://clients")) as client:
+            pids = [stage.pid for stage in (await client.status()).stages]
+
+            def strike(index: int) -> None:
+                if index == 40:
+                    for pid in pids:
+                        os.kill(pid, signal.SIGKILL)
+
+            assert await stream_all(client, at_token=strike) == undisturbed
+
+    run(scenario(), timeout_s=60)
+
+
+def test_a_frozen_pipeline_is_noticed_in_time(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        config = two_stages(checkpoint, max_restarts=0)
+        async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
+            frozen = (await client.status()).stages[1].pid
+            with pytest.raises(StageLost, match=r"stage 1 of 2 .* was lost: .* silent"):
                 struck_at_s = 0.0
                 async for piece in client.stream("to be", max_new_tokens=2000, ignore_eos=True):
                     if piece.index == 3:
-                        os.kill(pid, number)
+                        os.kill(frozen, signal.SIGSTOP)
                         struck_at_s = time.monotonic()
             assert time.monotonic() - struck_at_s < MUST_HEAR_WITHIN_S
-        assert not is_alive(pid)
+            with pytest.raises(StageLost):
+                await client.generate("to be", max_new_tokens=1)
+            with pytest.raises(StageLost):
+                await service.run()
+        assert not is_alive(frozen)
 
     run(scenario(), timeout_s=60)
 
 
-def test_a_service_starts_its_pipeline_again_after_a_loss(checkpoint: Path) -> None:
+def test_a_crash_loop_ends_with_a_clear_error(checkpoint: Path) -> None:
     async def scenario() -> None:
-        config = ServiceConfig(checkpoint=checkpoint, num_stages=2, threads_per_stage=1)
-        async with Service.open(config) as service, asyncio.TaskGroup() as group:
-            serving = group.create_task(service.run())
-            async with connect(await service.listen("memory://clients")) as client:
-                before = await client.generate("to be", max_new_tokens=5)
-                os.kill((await client.status()).stages[1].pid, signal.SIGKILL)
-                await until_running_again(client)
-                assert (await client.generate("to be", max_new_tokens=5)).token_ids == before.token_ids
-            serving.cancel()
+        config = two_stages(checkpoint, max_restarts=2)
+        async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
+            stream = asyncio.ensure_future(client.generate("to be", max_new_tokens=16_000, ignore_eos=True))
+            for restarts in range(3):
+                await until_running(client, restarts=restarts)
+                os.kill((await client.status()).stages[0].pid, signal.SIGKILL)
+            with pytest.raises(StageLost, match="stage 0 of 2"):
+                await stream
 
     run(scenario(), timeout_s=60)
 
 
-async def until_running_again(client: object) -> None:
-    for _ in range(100):
-        try:
-            await client.generate("x", max_new_tokens=1)  # type: ignore[attr-defined]
-        except StageLost:
-            await asyncio.sleep(0.1)
-        else:
+async def until_running(client: Client, *, restarts: int) -> None:
+    for _ in range(300):
+        status = await client.status()
+        if status.state == "running" and status.restarts == restarts:
             return
+        await asyncio.sleep(0.05)
     raise AssertionError("the pipeline did not come back")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from asyncpipe import Client, Invalid, connect
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL
 from asyncpipe_coordinator.service import Service
 from asyncpipe_workers.sim import simulated_tokens
 from tests.support import run
@@ -88,7 +88,9 @@ def test_a_trace_has_a_row_a_stage_and_an_arrow_a_step(tmp_path: Path) -> None:
     whole = {step: stages for step, stages in computed.items() if len(stages) == 3}
     assert len(whole) >= 8
     cut = [sorted(stages) for step, stages in computed.items() if step not in whole]
-    assert sum(stages[0] > 0 for stages in cut) <= 1, "one step may be on its way at the start: that which frees the sequence before"
+    assert sum(stages[0] > 0 for stages in cut) <= 1, (
+        "one step may be on its way at the start: that which frees the sequence before"
+    )
     assert sum(stages[0] == 0 for stages in cut) <= 2, "and one of each micro-batch at the end"
     for stages in whole.values():
         assert stages[0]["ts"] < stages[1]["ts"] < stages[2]["ts"], "the clocks are aligned"

@@ -12,6 +12,7 @@ import pytest
 
 from asyncpipe.errors import Broken, Busy, Closed, Invalid, Refused, Timeout
 from asyncpipe.transport.base import Lane, Link, LinkOptions, Listener
+from asyncpipe.transport.keys import KeyPair, Keys
 from asyncpipe.transport.registry import transport_for
 from asyncpipe.wire.tensors import Buffer
 from tests.contract.transport_peers import (
@@ -35,6 +36,8 @@ class Case:
 
 
 TOKEN = "only-for-tests"
+PAIR = KeyPair.new()
+KEYS = Keys(PAIR, coordinator=PAIR.public, allowed={PAIR.public: frozenset({CLIENT.role})})  # the same on both ends
 
 CASES = {
     "memory": Case(lambda: f"memory://{free_name()}"),
@@ -42,6 +45,8 @@ CASES = {
     "ipc": Case(lambda: f"ipc://@{free_name()}"),
     "tcp": Case(lambda: "tcp://127.0.0.1:0"),
     "tcp-inline": Case(lambda: "tcp://127.0.0.1:0", replace(OPTIONS, shared_memory=False)),
+    "tcp-curve": Case(lambda: "tcp://127.0.0.1:0", replace(OPTIONS, shared_memory=False, keys=KEYS)),
+    "tcp-curve-shm": Case(lambda: "tcp://127.0.0.1:0", replace(OPTIONS, keys=KEYS)),
 }
 
 

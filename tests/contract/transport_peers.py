@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import os
 import secrets
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,6 +17,7 @@ from asyncpipe.errors import AsyncPipeError
 from asyncpipe.ids import NodeId
 from asyncpipe.transport.base import Delivery, Link, LinkOptions, Listener
 from asyncpipe.transport.credit import Kind
+from asyncpipe.transport.curve import curve_client
 from asyncpipe.transport.registry import transport_for
 from asyncpipe.wire.handshake import Hello, encode_hello
 
@@ -96,17 +99,26 @@ def offer(hello: Hello, options: LinkOptions) -> Hello:
     return replace(hello, window=options.window, max_frame_bytes=options.max_frame_bytes)
 
 
+def num_open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
 def free_name() -> str:
     return f"asyncpipe-test-{secrets.token_hex(6)}"
 
 
 class Stranger:
-    """A raw DEALER that says whatever it likes."""
+    """A raw DEALER that says whatever it likes, with the keys in `options` if there are any."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, routing_id: bytes = b"", options: LinkOptions = OPTIONS) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
+        if routing_id:
+            self._socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        if client := curve_client(address, options):
+            client.prepare(self._socket)
         self._socket.connect(address)
 
     def __enter__(self) -> Stranger:

@@ -17,6 +17,7 @@ from asyncpipe.transport.credit import Kind
 from asyncpipe.wire import messages as m
 from asyncpipe.wire.codec import Codec, encode
 from asyncpipe.wire.handshake import Hello, encode_hello, encode_refusal
+from asyncpipe.wire.links import LinkKind
 from asyncpipe.wire.tensors import Buffer, DType, Tensor
 
 ERROR = ErrorData(ErrorCode.STAGE_LOST, "stage 1 is gone")
@@ -121,6 +122,7 @@ STAGE = m.StageStatus(
     num_params=10,
     param_bytes=40,
     idle=m.IdleTimes(starved_s=0.25, send_wait_s=0.5, no_work_s=1.0),
+    link=LinkKind.GLOO,
     kv_blocks=64,
     transfers=m.TransferReport(weights=m.Moved(9, 0.5, 0.125)),
     peak_host_bytes=5,
@@ -142,6 +144,7 @@ PLAIN_STAGE = {
     "peak_host_bytes": 5,
     "peak_device_bytes": 0,
     "idle": {"starved_s": 0.25, "send_wait_s": 0.5, "no_work_s": 1.0},
+    "link": "gloo",
     "kv_blocks": 64,
     "policy": PLAIN_POLICY,
     "tiers": {"weights": [1, 2, 3]},
@@ -150,6 +153,8 @@ STATUS = m.Status(
     model="opt",
     state="serving",
     uptime_s=1.0,
+    restarts=2,
+    spares=1,
     requests_waiting=0,
     requests_running=1,
     requests_finished=2,
@@ -174,6 +179,8 @@ PLAIN_STATUS = {
     "model": "opt",
     "state": "serving",
     "uptime_s": 1.0,
+    "restarts": 2,
+    "spares": 1,
     "requests_waiting": 0,
     "requests_running": 1,
     "requests_finished": 2,
@@ -220,11 +227,18 @@ PLAIN_DELTA = {
 SPAN = m.Span(kind=1, micro_batch=2, step=3, start_ns=-4, duration_ns=5, num_rows=6)
 
 GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
-    (m.Accepted(request_id="r", prompt_token_ids=(1, 2)), {"request_id": "r", "prompt_token_ids": [1, 2]}),
+    (
+        m.Accepted(request_id="r", prompt_token_ids=(1, 2), seed=2**62),
+        {"request_id": "r", "prompt_token_ids": [1, 2], "seed": 2**62},
+    ),
     (m.Generate(request_id="r", prompt="Once"), {"request_id": "r", "prompt": "Once"}),
     (
         m.Generate(request_id="r", prompt_token_ids=(5,), sampling=SAMPLING, priority=-3, deadline_s=1.5),
         {"request_id": "r", "prompt_token_ids": [5], "sampling": PLAIN_SAMPLING, "priority": -3, "deadline_s": 1.5},
+    ),
+    (
+        m.Generate(request_id="r", prompt="Once", generated_token_ids=(9, 8)),
+        {"request_id": "r", "prompt": "Once", "generated_token_ids": [9, 8]},
     ),
     (m.Cancel(request_id="r"), {"request_id": "r"}),
     (m.GetStatus(), {}),
@@ -252,6 +266,34 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     (
         m.Join(slot=1, pid=42, host="h", device="cuda:0", address="ipc://@a"),
         {"slot": 1, "pid": 42, "host": "h", "device": "cuda:0", "address": "ipc://@a"},
+    ),
+    (
+        m.Join(
+            rank=3,
+            stage=2,
+            pid=42,
+            host="h",
+            device="cuda:0",
+            device_name="H100",
+            card="GPU-1",
+            memory_bytes=2**36,
+            num_cores=16,
+            address="tcp://10.0.0.7:41",
+            public_key="k",
+        ),
+        {
+            "rank": 3,
+            "stage": 2,
+            "pid": 42,
+            "host": "h",
+            "device": "cuda:0",
+            "device_name": "H100",
+            "card": "GPU-1",
+            "memory_bytes": 2**36,
+            "num_cores": 16,
+            "address": "tcp://10.0.0.7:41",
+            "public_key": "k",
+        },
     ),
     (
         m.StageReport(
@@ -339,6 +381,10 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             first_layer=0,
             last_layer=6,
             checkpoint="/models/opt",
+            model="facebook/opt-125m",
+            device="cuda:1",
+            cpus="0-3",
+            previous_key="k",
             config_json="{}",
             dtype="float32",
             max_context_len=2048,
@@ -361,6 +407,10 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "first_layer": 0,
             "last_layer": 6,
             "checkpoint": "/models/opt",
+            "model": "facebook/opt-125m",
+            "device": "cuda:1",
+            "cpus": "0-3",
+            "previous_key": "k",
             "config_json": "{}",
             "dtype": "float32",
             "max_context_len": 2048,
@@ -378,7 +428,21 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         },
     ),
     (m.Ready(stage=1), {"stage": 1}),
+    (m.Ready(stage=0, link=LinkKind.GLOO), {"stage": 0, "link": "gloo"}),
     (m.ConnectNext(epoch=1, address=None), {"epoch": 1, "address": None}),
+    (
+        m.ConnectNext(epoch=1, address="tcp://b:5", public_key="k", link="gloo"),
+        {"epoch": 1, "address": "tcp://b:5", "public_key": "k", "link": "gloo"},
+    ),
+    (
+        m.HostLink(epoch=1, wanted="auto", host="a", device="cuda:0", card="GPU-1", offered=(LinkKind.ZMQ, LinkKind.NCCL)),
+        {"epoch": 1, "wanted": "auto", "host": "a", "device": "cuda:0", "card": "GPU-1", "offered": ["zmq", "nccl"]},
+    ),
+    (
+        m.LinkHosted(offer=m.LinkOffer(kind=LinkKind.NCCL, host_ip="10.0.0.7", port=41, epoch=1, token="t" * 32)),
+        {"offer": {"kind": "nccl", "host_ip": "10.0.0.7", "port": 41, "epoch": 1, "token": "t" * 32}},
+    ),
+    (m.LinkHosted(obstacle="no nccl"), {"obstacle": "no nccl"}),
     (m.GetCounters(), {}),
     (m.GetClock(), {}),
     (m.GetSpans(first=8), {"first": 8}),
@@ -396,6 +460,10 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "timings": [[20, 300]],
             "hidden": [0, "float32", [1, 2]],
         },
+    ),
+    (
+        m.Step(epoch=1, micro_batch=2, step=3, delta=m.Delta(), posted=m.Posted(7, DType.BFLOAT16, (1, 2))),
+        {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {}, "posted": [7, "bfloat16", [1, 2]]},
     ),
     (m.ServiceReady(address="tcp://127.0.0.1:5550"), {"address": "tcp://127.0.0.1:5550"}),
     (m.ServiceFailed(error=ERROR), {"error": PLAIN_ERROR}),

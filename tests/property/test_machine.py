@@ -87,11 +87,20 @@ class PipelineModel(RuleBasedStateMachine):
     @precondition(lambda self: self.is_up)
     @rule(surely=st.integers(0, 4))
     def pipeline_is_lost(self, surely: int) -> None:
+        """What was in flight with it. The requests go on with the next one."""
         if surely:
             return
         self.is_up, self.stages = False, None
-        error = ErrorData(ErrorCode.STAGE_LOST, "stage 1 was lost")
-        self.handle(events.PipelineLost(error=error, at_s=self.now_s))
+        before = set(self.ended)
+        self.handle(events.PipelineLost())
+        assert self.ended == before
+
+    @rule(surely=st.integers(0, 9))
+    def pipeline_is_gone_for_good(self, surely: int) -> None:
+        if surely:
+            return
+        self.is_up, self.stages = False, None
+        self.handle(events.PipelineGone(error=ErrorData(ErrorCode.STAGE_LOST, "stage 1 was lost")))
         assert self.ended == set(self.prompts)
 
     @rule(

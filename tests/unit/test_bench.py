@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe.policy import PERCENT_FIELDS, Policy
 from asyncpipe.wire.messages import KVStatus, Moved, PipelineStatus, StageStatus, Status, TransferReport
 from asyncpipe_coordinator import bench_space
@@ -247,10 +248,7 @@ def test_flags_beside_a_preset_win(much_room: None, tmp_path: Path) -> None:
 
 
 def test_a_directory_beside_a_preset_has_its_own_weights(much_room: None) -> None:
-    bundled = importlib.util.find_spec("asyncpipe_coordinator")
-    assert bundled is not None
-    assert bundled.origin is not None
-    found = plan(f"{Path(bundled.origin).parent / 'bundled_model'} --preset opt-30b --prompt-len 16")
+    found = plan(f"{BUNDLED_MODEL} --preset opt-30b --prompt-len 16")
     assert not found.config.dummy_weights
 
 

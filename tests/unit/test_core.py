@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from asyncpipe.errors import Invalid, WireError
-from asyncpipe.wire.messages import FinishReason, Sampling, StageTiming, Step, Tokens
+from asyncpipe.errors import Invalid, StageLost, WireError, to_data
+from asyncpipe.wire.messages import FinishReason, Sampling, StageTiming, Step, TokenLogprobs, Tokens
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.limits import Limits, Schedule
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import LayerRange, split_layers
+from asyncpipe_coordinator.core.sequences import Sequence, SequenceState
 
 EOS = 2
 TIMINGS = (StageTiming(0, 1000), StageTiming(0, 1000))
@@ -53,6 +56,10 @@ def steps(done: list[commands.Command]) -> list[Step]:
 def step_of(done: list[commands.Command], micro_batch: int) -> Step:
     (step,) = [step for step in steps(done) if step.micro_batch == micro_batch]
     return step
+
+
+def tokens_of(done: list[commands.Command]) -> list[tuple[str, int, int]]:
+    return [(token.request_id, token.index, token.token_id) for token in done if isinstance(token, commands.EmitToken)]
 
 
 def answer(core: Machine, step: Step, *token_ids: int) -> list[commands.Command]:
@@ -210,6 +217,65 @@ def test_the_end_of_the_context_ends_a_request() -> None:
     (step,) = steps(core.handle(submitted("a", prompt_len=31, max_new_tokens=50)))
     reasons = [c.finish_reason for c in answer(core, step, 9) if isinstance(c, commands.FinishRequest)]
     assert reasons == [FinishReason.LENGTH]
+
+
+def test_a_lost_pipelines_sequences_are_computed_from_prompt_and_tokens_by_the_next() -> None:
+    """In their old order, under new numbers; the clients' tokens go on without a gap."""
+    core = machine(num_micro_batches=1)
+    (step,) = steps(core.handle(submitted("a")))
+    core.handle(submitted("b"))
+    (step,) = steps(answer(core, step, 21))
+    assert core.handle(events.PipelineLost()) == []
+    assert answer(core, step, 22, 31) == [], "of the epoch before"
+    core.check()
+    (step,) = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
+    opened = step.delta.opened
+    assert [(one.token_ids, one.num_prompt) for one in opened] == [((5, 5, 5, 21), 3), ((5, 5, 5), 3)]
+    assert {one.sequence for one in opened}.isdisjoint({0, 1})
+    assert tokens_of(answer(core, step, 22, 31)) == [("a", 1, 22), ("b", 0, 31)]
+
+
+def test_requests_that_come_while_there_is_no_pipeline_wait_for_the_next() -> None:
+    core = machine()
+    core.handle(events.PipelineLost())
+    assert core.handle(submitted("a")) == []
+    assert steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
+
+
+def test_when_no_other_pipeline_comes_everybody_hears_why() -> None:
+    core = machine()
+    core.handle(submitted("a"))
+    gone = events.PipelineGone(error=to_data(StageLost("stage 1 was lost")))
+    assert [command.request_id for command in core.handle(gone) if isinstance(command, commands.FailRequest)] == ["a"]
+    (refused,) = core.handle(submitted("b"))
+    assert isinstance(refused, commands.FailRequest)
+    assert refused.error.message == "stage 1 was lost"
+
+
+def test_prompt_scores_that_the_client_has_are_not_sent_again() -> None:
+    sequence = Sequence(0, 0, submitted("a", prompt_len=5))
+    scores = tuple(TokenLogprobs(7, -0.5, rank) for rank in (1, 2, 3, 4))
+    assert sequence.unseen_scores(scores[:2]) == scores[:2]
+    sequence.move(SequenceState.PREFILLING)
+    sequence.lose_cache(1)
+    assert sequence.unseen_scores(scores[:1]) == ()
+    assert sequence.unseen_scores(scores[1:3]) == scores[2:3]
+    assert sequence.unseen_scores(scores[3:]) == scores[3:]
+
+
+def test_a_request_goes_on_after_the_tokens_of_a_coordinator_before() -> None:
+    core = machine()
+    (step,) = steps(core.handle(dataclasses.replace(submitted("a"), generated_token_ids=(21, 22))))
+    assert step.delta.opened[0].token_ids == (5, 5, 5, 21, 22)
+    assert tokens_of(answer(core, step, 23)) == [("a", 2, 23)]
+
+
+def test_a_request_of_which_only_the_end_was_lost_ends_at_once() -> None:
+    core = machine()
+    resumed = dataclasses.replace(submitted("a", max_new_tokens=2), generated_token_ids=(21, 22))
+    (finished,) = core.handle(resumed)
+    assert isinstance(finished, commands.FinishRequest)
+    assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.LENGTH, 2)
 
 
 def test_a_prompt_longer_than_the_kv_memory_is_refused_even_when_it_came_early() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.known_models import known_config, known_names
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL, inspect_model, resolve_model
+from asyncpipe_coordinator.model_files import inspect_model, resolve_model
 from asyncpipe_coordinator.service import tokenizer_path
 from asyncpipe_coordinator.tensor_shapes import expected_shapes
 
@@ -79,7 +80,7 @@ def test_every_known_name_is_a_model_without_files(name: str) -> None:
 def test_without_dummy_weights_a_known_name_is_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[str] = []
     monkeypatch.setattr(
-        "asyncpipe_coordinator.model_files._download", lambda name, *, with_weights: looked_up.append(name) or Path("x")
+        "asyncpipe_coordinator.model_files.download", lambda name, *, with_weights: looked_up.append(name) or Path("x")
     )
     resolve_model("facebook/opt-125m")
     assert looked_up == ["facebook/opt-125m"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe_coordinator.cli import build_parser
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL, inspect_model, resolve_model
+from asyncpipe_coordinator.model_files import inspect_model, resolve_model
 from asyncpipe_coordinator.options import sampling_options
 from tests.checkpoints import SHAPES, make_opt
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.errors import Invalid
+from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe.policy import Compression, Placement, Policy, Shares, policy_flags
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.flags import Parser, boolean
-from asyncpipe_coordinator.model_files import BUNDLED_MODEL
 from asyncpipe_coordinator.options import add_model_options, config_of
 from asyncpipe_coordinator.policy_options import chosen_policy
 

@@ -46,6 +46,12 @@ class StageSequences:
         members += [span.member for span in complete]
         return self._layout(delta, rows, spans, sampled=list(members), sampled_rows=sampled_rows)
 
+    def forget_all(self) -> None:
+        """As if nobody had ever been here."""
+        for number in list(self._members):
+            self._forget(number)
+        self._micro_batches.clear()
+
     def _open(self, opened: Opened) -> None:
         if not opened.token_ids or opened.sequence in self._members:
             raise Invalid(f"sequence {opened.sequence} cannot begin: it has no tokens, or is here already")

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import functools
 import importlib.util
 import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from asyncpipe.actors import ActorSystem
-from asyncpipe.cores import cpu_list, parse_cpu_list
 from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.process import die_with_parent, run
 from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.transport.base import LinkOptions
-from asyncpipe.wire.messages import Join
+from asyncpipe.transport.keys import Keys, load_keys
+from asyncpipe_workers.affinity import keep_to_cpus
+from asyncpipe_workers.device import DeviceFacts, look_at
+from asyncpipe_workers.hidden_links import StageSeat
+from asyncpipe_workers.launcher import coordinator_address, device_of, find_place
 from asyncpipe_workers.loading import load_stage_compute
+from asyncpipe_workers.membership import Membership, ip_of, listening_address, patiently
 from asyncpipe_workers.stage import STAGE_ACTOR, StageActor
 
-JOIN_TIMEOUT_S = 10.0
 STEP_WINDOW = 2048  # steps under way to this stage; there are never more than micro-batches
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 EPILOG = """examples:
-  asyncpipe-worker --coordinator ipc://@asyncpipe-1234 --device cpu
+  asyncpipe-worker --coordinator tcp://10.0.0.1:5550 --device cuda:0
+  asyncpipe-worker --coordinator tcp://10.0.0.1:5550 --device cpu --keys asyncpipe-keys
+  torchrun --nnodes 2 --nproc-per-node 4 ... --no-python asyncpipe-worker --device cuda
+  srun --ntasks-per-node 4 asyncpipe-worker --coordinator tcp://head:5550 --device cuda
+  mpirun -n 8 asyncpipe-worker --coordinator tcp://head:5550 --device cuda
 
-Usually nobody types this: asyncpipe-coordinator starts the workers of this machine by itself.
+Under torchrun, Slurm and Open MPI, stage K is rank K where it can be, --device cuda is the card of the local rank, and without
+--coordinator it is looked for on rank 0's machine, at port 5550 (ASYNCPIPE_PORT).
+
+The workers of its own machine asyncpipe-coordinator starts by itself, unless it is told --workers external.
 """
 
 
@@ -41,36 +52,23 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    env = os.environ
-    parser.add_argument(
-        "--coordinator",
-        metavar="ADDRESS",
-        default=env.get("ASYNCPIPE_COORDINATOR"),
-        help="where the coordinator listens for workers (ASYNCPIPE_COORDINATOR)",
-    )
-    parser.add_argument(
-        "--device",
-        default=env.get("ASYNCPIPE_DEVICE", "cpu"),
-        help="cpu, cuda:N, or sim:layer_ms=10,… for a stage that only takes time (ASYNCPIPE_DEVICE; default: cpu)",
-    )
-    parser.add_argument(
-        "--slot",
-        type=int,
-        default=env.get("ASYNCPIPE_SLOT", "0"),
-        help="which of the coordinator's workers this is (ASYNCPIPE_SLOT; default: 0)",
-    )
-    parser.add_argument(
-        "--cpus",
-        metavar="LIST",
-        default=env.get("ASYNCPIPE_CPUS"),
-        help="keep to these, like 0-3,8 (ASYNCPIPE_CPUS; default: any)",
-    )
-    parser.add_argument(
-        "--log-level",
-        default=env.get("ASYNCPIPE_LOG_LEVEL", "warning"),
-        choices=["debug", "info", "warning", "error"],
-        help="ASYNCPIPE_LOG_LEVEL; default: warning",
-    )
+
+    def option(flag: str, help: str, **settings: Any) -> None:
+        variable = "ASYNCPIPE_" + flag.lstrip("-").replace("-", "_").upper()
+        settings["default"] = os.environ.get(variable, settings.get("default"))
+        parser.add_argument(flag, help=f"{help} [{variable}]", **settings)
+
+    option("--coordinator", "where the coordinator listens; it may come later", metavar="ADDRESS")
+    option("--device", "cpu, cuda:N, cuda, or sim:layer_ms=10,… which only takes time (default: cpu)", default="cpu")
+    option("--keys", "the directory with this worker's key and the coordinator's (default: no keys)", metavar="DIR")
+    option("--listen", "where the stage before finds this one, tcp://IP:PORT (default: a free port towards the coordinator)")
+    option("--model", "where the model is on this machine (default: where it is for the coordinator)", metavar="DIR")
+    option("--rank", "the stage to be, if it is free (default: the launcher's rank)", type=int, metavar="K")
+    option("--search", "give up after so many seconds without a coordinator (default: 3600)", type=float, default=3600.0)
+    option("--cpus", "keep to these, like 0-3,8 (default: any)", metavar="LIST", default="")
+    option("--log-level", "default: warning", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--insecure", action="store_true", help="listen without keys where other machines can reach this one")
+    parser.add_argument("--slot", type=int, help=argparse.SUPPRESS)  # for workers that a coordinator starts
     return parser
 
 
@@ -82,9 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
     )
     try:
+        fill_in(arguments, os.environ)
         check_arguments(arguments)
         keep_to_cpus(arguments.cpus)
-        return run(functools.partial(work, arguments))
+        keys = load_keys(Path(arguments.keys) if arguments.keys else None, role="worker") if arguments.slot is None else None
+        device = look_at(arguments.device)
+        return run(lambda: work(arguments, keys, device))
     except Invalid as error:
         print(f"asyncpipe-worker: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -96,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises Invalid for what can be known to be wrong before anything starts."""
     if not arguments.coordinator:
-        raise Invalid("--coordinator ADDRESS is needed (asyncpipe-coordinator serve prints it)")
+        raise Invalid("--coordinator ADDRESS is needed (asyncpipe-coordinator serve --workers external prints it)")
+    if arguments.search < 0:
+        raise Invalid(f"--search {arguments.search:g}: give seconds, 0 or more")
+    if arguments.model is not None and not Path(arguments.model).is_dir():
+        raise Invalid(f"--model {arguments.model}: there is no such directory")
     if is_simulation(arguments.device):
         Simulation.parse(arguments.device)
         return
@@ -107,39 +112,49 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise Invalid(f"a worker needs {package}, which is not installed: pip install 'asyncpipe-runtime[worker]'")
 
 
-def keep_to_cpus(cpus: str | None) -> None:
-    """Before any thread is started and any memory is touched, so that both are where these CPUs are. Raises Invalid."""
-    if cpus is None:
-        return
-    try:
-        os.sched_setaffinity(0, parse_cpu_list(cpus))
-    except (ValueError, OverflowError):
-        raise Invalid(f"--cpus {cpus}: give a list like 0-3,8") from None
-    except OSError as error:
-        raise Invalid(f"--cpus {cpus}: {error.strerror}; this process may use {cpu_list(os.sched_getaffinity(0))}") from None
-    except AttributeError:
-        raise Invalid("--cpus works on Linux only") from None
+def fill_in(arguments: argparse.Namespace, env: Mapping[str, str]) -> None:
+    """What the command line leaves open, from the launcher's environment. Raises Invalid."""
+    place = find_place(env)
+    arguments.coordinator = arguments.coordinator or coordinator_address(place, env)
+    arguments.rank = place.rank if arguments.rank is None else arguments.rank
+    arguments.device = device_of(arguments.device, place)
 
 
-async def work(arguments: argparse.Namespace) -> int:
-    """Join the coordinator and serve until it stops or is gone."""
+async def work(arguments: argparse.Namespace, keys: Keys | None, device: DeviceFacts) -> int:
+    """Join the coordinator and serve it: one that started us until it is gone, others as often as they come back."""
     token = os.environ.get("ASYNCPIPE_TOKEN", "")
-    coordinator_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with ActorSystem("worker", role="worker", token=token, options=LinkOptions(window=STEP_WINDOW)) as system:
-        coordinator = await system.connect(arguments.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
-        loader = functools.partial(load_stage_compute, device=arguments.device)
-        stage = system.spawn(
-            lambda: StageActor(coordinator=coordinator, loader=loader, lost=coordinator_lost), name=STAGE_ACTOR
+    options = LinkOptions(window=STEP_WINDOW, keys=keys, insecure=arguments.insecure)
+    search = {"coordinator": arguments.coordinator, "search_s": arguments.search}
+    async with ActorSystem("worker", role="worker", token=token, options=options) as system:
+        loader = functools.partial(load_stage_compute, device=arguments.device, model=arguments.model)
+        listen = arguments.listen or await patiently(
+            lambda: listening_address(arguments.coordinator, name=system.node), **search
         )
-        address = await system.listen(f"ipc://@asyncpipe-{system.node}")
-        join = Join(
+        seat = StageSeat(host=socket.gethostname(), device=device.device, card=device.card, ip=ip_of(listen))
+        actor = StageActor(loader=loader, seat=seat, admit=functools.partial(admit_only, keys))
+        stage = system.spawn(lambda: actor, name=STAGE_ACTOR)
+        membership = Membership(
+            system=system,
+            actor=actor,
+            stage=stage,
+            address=await system.listen(listen),
+            public_key=keys.own.public if keys is not None else "",
+            device=device,
             slot=arguments.slot,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            device=arguments.device,
-            address=address,
+            rank=arguments.rank,
+            **search,
         )
-        await coordinator.as_seen_by(stage).ask(join, timeout=JOIN_TIMEOUT_S)
-        # No deadline: serving ends when the coordinator is lost (its link has one) or this process is told to stop.
-        await coordinator_lost
+        if arguments.slot is None:
+            await membership.serve()
+        else:
+            await membership.serve_once()
     return 0
+
+
+def admit_only(keys: Keys | None, public_key: str) -> None:
+    """Let the stage before connect, whose key the coordinator knows, and none that was there before it."""
+    if keys is not None:
+        for other in set(keys.allowed) - {public_key}:
+            keys.disallow(other)
+        if public_key:
+            keys.allow(public_key, "worker")

@@ -173,7 +173,8 @@ class CudaCapture:
                 step()  # libraries set themselves up, which a graph cannot hold
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads talk to the device meanwhile: they wait for copies and transfers.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = step()
 
         def replay() -> torch.Tensor:

@@ -53,10 +53,10 @@ class AllThatWait:
         if self._lingers:
             awaited = frozenset().union(*self._recent)
             until_s = time.monotonic() + min(self._pass_s * LINGER_SHARE, MAX_LINGER_S)
-            while not awaited <= {step.micro_batch for step, _ in waiting} and time.monotonic() < until_s:
+            while not awaited <= {arrived.step.micro_batch for arrived in waiting} and time.monotonic() < until_s:
                 time.sleep(POLL_S)
                 waiting = arrived()
-        return compatible([step for step, _ in waiting], self._members)
+        return compatible([arrived.step for arrived in waiting], self._members)
 
     def done(self, micro_batches: Iterable[int], seconds: float) -> None:
         self._recent.append(frozenset(micro_batches))

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncpipe.wire.messages import PromptLogprobs, Step, TokenLogprobs
 from asyncpipe.wire.tensors import Tensor
 
+if TYPE_CHECKING:
+    import torch
+
 
 class ArrivedStep(NamedTuple):
-    """A step to compute, and when it arrived, on the monotonic clock."""
+    """A step to compute, when it arrived, on the monotonic clock, and its hidden states if they came beside the message."""
 
     step: Step
     arrived_ns: int
+    hidden: torch.Tensor | None = None
+
+
+class Posting(NamedTuple):
+    """Hidden states for the link beside the messages; on a GPU they are there when `after` has happened."""
+
+    hidden: torch.Tensor
+    after: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """`hidden` (T, D), except on the last stage, which gives tokens in micro-batch order, and what was asked about them.
+    """`hidden` (T, D), except on the last stage, which gives tokens in micro-batch order, and what was asked about them. Where
+    hidden states do not travel in messages, they are `posted`, on the stage's device.
 
     `began_ns` and `ended_ns` are the device's times, where they are not the compute thread's.
     """
 
     hidden: Tensor | None = None
+    posted: Posting | None = None
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()

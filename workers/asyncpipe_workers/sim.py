@@ -26,6 +26,7 @@ class SimulatedStage:
     """Counts sequences and tokens as a real stage does, and raises Invalid for a step that does not fit."""
 
     num_params = param_bytes = 0
+    posts_hidden = False
     kv_block_bytes = 0
     tiers = TierReport()
     transfers = None
@@ -44,8 +45,12 @@ class SimulatedStage:
         return 1
 
     def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
-        for step, arrived_ns in steps:
-            yield self._step(step, arrived_ns / 1e9)
+        for arrived in steps:
+            yield self._step(arrived.step, arrived.arrived_ns / 1e9)
+
+    def forget_all(self) -> None:
+        self._sequences.clear()
+        self._micro_batches.clear()
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -9,23 +9,25 @@ sending overlap.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
-from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, to_data
+from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, from_data, to_data
 from asyncpipe.wire.messages import (
     ClockReading,
     ConnectNext,
     GetClock,
     GetCounters,
     GetSpans,
+    HostLink,
     LoadStage,
     Message,
     Ready,
@@ -33,14 +35,17 @@ from asyncpipe.wire.messages import (
     StageReport,
     StageTiming,
     Step,
-    TierReport,
     Tokens,
     ToStage,
 )
 from asyncpipe_workers.executor import ComputeThread, Timed
-from asyncpipe_workers.memory.transfers import TransferLog
+from asyncpipe_workers.hidden_links import HiddenLinks, StageSeat
 from asyncpipe_workers.output import ArrivedStep, StageOutput
 from asyncpipe_workers.recorder import StageRecorder
+from asyncpipe_workers.stage_compute import Loader, StageCompute
+
+if TYPE_CHECKING:
+    import torch
 
 STAGE_ACTOR = "stage"
 SEND_TIMEOUT_S = 60.0
@@ -50,56 +55,19 @@ MAX_QUEUED_STEPS = 1024  # there are never more than micro-batches
 log = logging.getLogger(__name__)
 
 
-class StageCompute(Protocol):
-    """What a stage drives: a model's layers, or anything that takes steps."""
-
-    @property
-    def num_params(self) -> int: ...
-
-    @property
-    def param_bytes(self) -> int: ...
-
-    @property
-    def kv_blocks(self) -> int: ...
-
-    @property
-    def kv_block_bytes(self) -> int: ...
-
-    @property
-    def link_s(self) -> float:
-        """Simulated delay of a message on its way in, and of the last stage's on its way out; 0.0 for real stages."""
-        ...
-
-    @property
-    def tiers(self) -> TierReport:
-        """Where its bytes live."""
-        ...
-
-    @property
-    def transfers(self) -> TransferLog | None:
-        """What moves between memory tiers, if anything can."""
-        ...
-
-    def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
-        """How many of the steps that have arrived by now are to be computed together: the first so many, at least one."""
-        ...
-
-    def compute(self, steps: Sequence[ArrivedStep]) -> Iterable[StageOutput]:
-        """One output for each step, in order, each as soon as it is there."""
-        ...
-
-    def close(self) -> None: ...
-
-
-Loader = Callable[[LoadStage], StageCompute]
-
-
 class _Outgoing(NamedTuple):
     """A computed step on its way out, not before `due_ns`."""
 
     step: Step
     message: Step | Tokens
     due_ns: int
+
+
+class _Awaited(NamedTuple):
+    """A step that is here, and whose hidden states may still be on their way."""
+
+    step: Step
+    hidden: asyncio.Future[torch.Tensor] | None
 
 
 class _Computed(NamedTuple):
@@ -113,11 +81,17 @@ class StageActor(Actor):
     receives: ClassVar[Any] = ToStage
     mailbox_capacity: ClassVar[int] = 64
 
-    def __init__(self, *, coordinator: ActorRef, loader: Loader, lost: asyncio.Future[None]) -> None:
-        self._coordinator = coordinator
+    def __init__(self, *, loader: Loader, seat: StageSeat, admit: Callable[[str], None] = lambda _: None) -> None:
+        """`admit` hears the public key of the stage before, which is about to connect; empty: it has none."""
         self._loader = loader
-        self._lost = lost  # completed when the coordinator is gone and this process has no more to do
+        self._seat = seat
+        self._admit = admit
+        self._links = HiddenLinks(seat, background=lambda work, name: self.background(work, name=name))
+        self._awaited: deque[_Awaited] = deque()
+        self._coordinator: ActorRef | None = None
+        self._lost: asyncio.Future[AsyncPipeError] | None = None  # completed when the coordinator is gone
         self._compute = ComputeThread()
+        self._epoch: int | None = None  # whose steps are computed; the compute thread looks at it too
         self._recorder = StageRecorder()
         self._arrived: deque[ArrivedStep] = deque()  # that the compute thread has not begun
         self._num_queued = 0  # steps that were taken and have not left
@@ -127,8 +101,19 @@ class StageActor(Actor):
         self._next: ActorRef | None = None
         self._is_sending = False
 
+    def serve(self, coordinator: ActorRef) -> asyncio.Future[AsyncPipeError]:
+        """For the process that runs this actor, and watches `coordinator` for it: whom it serves from now on. The future says
+        how that coordinator was lost."""
+        self._coordinator = coordinator
+        self._lost = asyncio.get_running_loop().create_future()
+        return self._lost
+
+    @property
+    def stage(self) -> int | None:
+        """Which one it holds."""
+        return None if self._plan is None else self._plan.stage
+
     async def started(self) -> None:
-        self.system.monitor(self._coordinator, watcher=self.ref)
         self.background(self._send_all(), name="send")
 
     async def stopped(self) -> None:
@@ -144,6 +129,8 @@ class StageActor(Actor):
                 return await self._load(message)
             case ConnectNext():
                 return await self._connect_next(message)
+            case HostLink():
+                return await self._links.host(message, device=self._device)
             case GetCounters():
                 return self._recorder.counters(self._loaded_plan().stage)
             case GetClock():
@@ -155,11 +142,24 @@ class StageActor(Actor):
         return None
 
     async def _load(self, plan: LoadStage) -> StageReport:
+        """What is of an epoch before is dropped from now on; a model that is the plan's already stays."""
         start_s = time.monotonic()
-        self._model = model = await self._compute.run(lambda: self._loader(plan))
-        self._plan = plan
+        self._epoch, self._next = plan.epoch, None
+        self._admit(plan.previous_key)
+        self._links.close()
+        self._awaited.clear()
+        while not self._outgoing.empty():
+            self._outgoing.get_nowait()
+        if self._model is not None and self._plan is not None and _holds_the_same(self._plan, plan):
+            log.info("stage %d keeps what it holds", plan.stage)
+            self._model.posts_hidden = False
+            await self._compute.run(self._model.forget_all)
+        else:
+            await self._compute.run(self._unload)
+            self._model = await self._compute.run(lambda: self._loader(plan))
+            gc.freeze()  # what is here now stays: no collection need look at it again
+        self._plan, self._num_queued, model = plan, 0, self._model
         self._recorder.transfers = model.transfers
-        gc.freeze()  # what is here now stays: no collection need look at it again
         return StageReport(
             stage=plan.stage,
             layers=(plan.first_layer, plan.last_layer),
@@ -171,11 +171,29 @@ class StageActor(Actor):
             tiers=model.tiers,
         )
 
+    def _unload(self) -> None:
+        """On the compute thread: so that there is room for another model."""
+        if self._model is not None:
+            model, self._model, self._plan = self._model, None, None
+            model.close()
+            gc.unfreeze()
+            gc.collect()
+
     async def _connect_next(self, message: ConnectNext) -> Ready:
         plan = self._loaded_plan()
         if message.address is not None:
-            self._next = await self.system.connect(message.address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S)
+            self._next = await self.system.connect(
+                message.address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S, server_key=message.public_key or None
+            )
+            self.system.monitor(self._next, watcher=self.ref)
+            link = await self._links.connect(self._next, wanted=message.link, epoch=plan.epoch, device=self._device)
+            self._loaded_model().posts_hidden = self._links.sends
+            return Ready(stage=plan.stage, link=link)
         return Ready(stage=plan.stage)
+
+    @property
+    def _device(self) -> str:
+        return self._loaded_plan().device or self._seat.device
 
     # --- steps ---
 
@@ -187,11 +205,33 @@ class StageActor(Actor):
         if self._num_queued >= MAX_QUEUED_STEPS:
             raise Busy(f"stage {plan.stage} has {MAX_QUEUED_STEPS} steps queued already")
         self._num_queued += 1
-        self._arrived.append(ArrivedStep(step, time.monotonic_ns() + int(model.link_s * 1e9)))
-        self._compute.queue(self._compute_arrived, self._on_computed)
+        if step.posted is None and not self._awaited:
+            self._queue(step, None, model)
+            return
+        hidden = None if step.posted is None else self._links.recv(step.posted)
+        self._awaited.append(_Awaited(step, hidden))
+        if hidden is not None:
+            hidden.add_done_callback(lambda _: self._queue_awaited())
+
+    def _queue_awaited(self) -> None:
+        """As far as everything is there, in the order of the steps."""
+        while self._awaited and ((hidden := self._awaited[0].hidden) is None or hidden.done()):
+            step = self._awaited.popleft().step
+            if hidden is not None and hidden.cancelled():
+                return  # of an epoch that is over
+            if hidden is not None and (error := hidden.exception()) is not None:
+                self._signal_failure(self._loaded_plan().stage - 1, Broken(f"its hidden states do not arrive: {error}"))
+                return
+            self._queue(step, None if hidden is None else hidden.result(), self._loaded_model())
+
+    def _queue(self, step: Step, hidden: torch.Tensor | None, model: StageCompute) -> None:
+        self._arrived.append(ArrivedStep(step, time.monotonic_ns() + int(model.link_s * 1e9), hidden))
+        self._compute.queue(self._compute_arrived, functools.partial(self._on_computed, epoch=step.epoch))
 
     def _compute_arrived(self) -> Iterator[_Computed]:
         """On the compute thread, once for each step that has arrived: it finds nothing when its step went with others."""
+        while self._arrived and self._arrived[0].step.epoch != self._epoch:
+            self._arrived.popleft()
         if not self._arrived:
             return
         model = self._loaded_model()
@@ -199,11 +239,13 @@ class StageActor(Actor):
         for step, output in zip(steps, model.compute(steps), strict=True):
             yield _Computed(step, output)
 
-    def _on_computed(self, timed: Timed[_Computed]) -> None:
+    def _on_computed(self, timed: Timed[_Computed], *, epoch: int) -> None:
         """On the event loop, in the order of the steps."""
+        if epoch != self._epoch:
+            return
         self._num_queued -= 1
         try:
-            (step, arrived_ns), output = timed.unwrap()
+            (step, arrived_ns, _), output = timed.unwrap()
         except Exception as error:
             self._report(error)
             return
@@ -215,8 +257,9 @@ class StageActor(Actor):
 
     def _message(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Step | Tokens:
         """For the next stage, or from the last one for the coordinator."""
-        if self._next is not None:
-            return msgspec.structs.replace(step, timings=timings, hidden=output.hidden)
+        if not self._is_last:
+            posted = None if output.posted is None else self._links.send(output.posted, self._on_link_failed)
+            return msgspec.structs.replace(step, timings=timings, hidden=output.hidden, posted=posted)
         return Tokens(
             epoch=step.epoch,
             micro_batch=step.micro_batch,
@@ -230,7 +273,12 @@ class StageActor(Actor):
     @property
     def _delay_ns(self) -> int:
         """Simulated, of the link from the last stage to the coordinator."""
-        return 0 if self._next is not None else int(self._loaded_model().link_s * 1e9)
+        return int(self._loaded_model().link_s * 1e9) if self._is_last else 0
+
+    @property
+    def _is_last(self) -> bool:
+        plan = self._loaded_plan()
+        return plan.stage == plan.num_stages - 1
 
     def _send(self, outgoing: _Outgoing) -> None:
         """At once when it can leave at once, else behind those that wait."""
@@ -256,6 +304,8 @@ class StageActor(Actor):
             self._is_sending = True
             if (early_ns := outgoing.due_ns - time.monotonic_ns()) > 0:
                 await asyncio.sleep(early_ns / 1e9)
+            if outgoing.step.epoch != self._epoch:
+                continue
             start_ns = time.monotonic_ns()
             try:
                 await self._target.tell(outgoing.message, timeout=SEND_TIMEOUT_S)
@@ -265,29 +315,48 @@ class StageActor(Actor):
 
     @property
     def _target(self) -> ActorRef:
-        return self._coordinator if self._next is None else self._next
+        target = self._coordinator if self._is_last else self._next
+        if target is None:
+            raise Broken(f"stage {self._loaded_plan().stage} has lost the one after it")
+        return target
+
+    def _on_link_failed(self, error: AsyncPipeError) -> None:
+        if not isinstance(error, Closed):  # by us, for another epoch
+            self._signal_failure(self._loaded_plan().stage + 1, Broken(f"its hidden states cannot be sent: {error}"))
 
     def _on_unreachable(self, error: AsyncPipeError) -> None:
-        """The coordinator hears of a lost stage from its own link and process watch too; a slow one it hears of from us."""
+        """That it is gone its watch says (`_on_down`); a slow one the coordinator hears of from us."""
         stage = self._loaded_plan().stage
         if isinstance(error, Broken | Closed):
-            log.info("stage %d: the next stage is gone: %s", stage, error)
+            log.info("stage %d cannot send: %s", stage, error)
         else:
             self._report(error)
 
     def _report(self, error: Exception) -> None:
+        stage = self._loaded_plan().stage
+        log.error("stage %d failed in a step", stage, exc_info=error)
+        self._signal_failure(stage, error)
+
+    def _signal_failure(self, stage: int, error: Exception) -> None:
         plan = self._loaded_plan()
-        log.error("stage %d failed in a step", plan.stage, exc_info=error)
         try:
-            self._coordinator.signal(StageFailed(epoch=plan.epoch, stage=plan.stage, error=to_data(error)))
+            if self._coordinator is not None:
+                self._coordinator.signal(StageFailed(epoch=plan.epoch, stage=stage, error=to_data(error)))
         except AsyncPipeError as lost:
-            log.info("stage %d cannot report its failure: %s", plan.stage, lost)
+            log.info("stage %d cannot report a failure: %s", plan.stage, lost)
 
     # --- small things ---
 
     def _on_down(self, message: Down) -> None:
-        if message.ref == self._coordinator and not self._lost.done():
-            self._lost.set_result(None)
+        error = from_data(message.error)
+        if message.ref == self._coordinator:
+            self._epoch = None  # what it had asked for is of no use to anybody
+            if self._lost is not None and not self._lost.done():
+                self._lost.set_result(error)
+        elif message.ref == self._next:
+            self._next = None
+            stage = self._loaded_plan().stage
+            self._signal_failure(stage + 1, Broken(f"stage {stage} cannot reach it: {error}"))
 
     def _loaded_plan(self) -> LoadStage:
         if self._plan is None:
@@ -298,3 +367,9 @@ class StageActor(Actor):
         if self._model is None:
             raise Invalid("this worker has no layers yet: LoadStage comes first")
         return self._model
+
+
+def _holds_the_same(held: LoadStage, wanted: LoadStage) -> bool:
+    """Whether who holds what `held` says has what `wanted` asks for: they differ at most in when, and among whom."""
+    circumstances = {name: getattr(wanted, name) for name in ("epoch", "previous_key", "num_threads", "kv_share")}
+    return msgspec.structs.replace(held, **circumstances) == wanted

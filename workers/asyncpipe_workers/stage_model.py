@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, LoadStage, PromptLogprobs, Step, TierReport
-from asyncpipe.wire.tensors import DType, Tensor
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, LoadStage, PromptLogprobs, TierReport
 from asyncpipe_workers.batch import StageSequences
 from asyncpipe_workers.decode_graph import Capture, CudaCapture, DecodeGraphs, GraphedSweep, graphs_are_wanted
 from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
@@ -20,25 +18,23 @@ from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.activations import DeviceActivations
 from asyncpipe_workers.memory.kv import PagedKV
 from asyncpipe_workers.memory.weights import ResidentWeights
-from asyncpipe_workers.output import ArrivedStep, StageOutput
+from asyncpipe_workers.output import ArrivedStep, Posting, StageOutput
 from asyncpipe_workers.sampling import sample, score
 from asyncpipe_workers.stage_memory import StageMemory, load_stage_memory
+from asyncpipe_workers.staging import StagingRing
 from asyncpipe_workers.sweep import Result, Sweep, Work
-
-with warnings.catch_warnings():
-    # torch warns, once in a process, that it cannot protect read-only memory. Received hidden states are never written to.
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
-
 
 # More rows at once gain nothing on a CPU, and what lies between two products should stay in its caches.
 CPU_BATCH_ROWS = 512
+STAGING_BUFFERS = 8  # page-locked, for hidden states on their way between a GPU and messages
+STAGED_ROWS = 512  # of a step; larger ones are copied without
 
 
 class StageModel:
     """The layers of one stage and the keys and values of its sequences."""
 
     link_s = 0.0
+    posts_hidden = False
 
     def __init__(
         self, memory: StageMemory, *, hidden_size: int, eos_token_ids: frozenset[int], is_whole_pipeline: bool
@@ -55,6 +51,8 @@ class StageModel:
         )
         if graphs_are_wanted(memory.device):
             self.use_graphs(CudaCapture(memory.device))
+        staged_bytes = STAGED_ROWS * hidden_size * memory.dtype.itemsize
+        self._staging = StagingRing(memory.device, num_buffers=STAGING_BUFFERS, buffer_bytes=staged_bytes)
         self._batch_rows = CPU_BATCH_ROWS if memory.device.type == "cpu" else MAX_CONTEXT_TOKENS
         self._grouping: Grouping = OneByOne()
         if memory.policy.moves_weights:
@@ -97,6 +95,9 @@ class StageModel:
     def tiers(self) -> TierReport:
         return self._memory.report
 
+    def forget_all(self) -> None:
+        self._sequences.forget_all()
+
     def close(self) -> None:
         self._memory.close()
 
@@ -107,23 +108,23 @@ class StageModel:
     def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
         """Raises Invalid for a step that does not follow from those before."""
         start_s = time.monotonic()
-        layouts = [self._sequences.apply(step.micro_batch, step.delta) for step, _ in steps]
-        works = [self._work(number, steps[number].step, layout) for number, layout in enumerate(layouts) if len(layout)]
+        layouts = [self._sequences.apply(arrived.step.micro_batch, arrived.step.delta) for arrived in steps]
+        works = [self._work(number, steps[number], layout) for number, layout in enumerate(layouts) if len(layout)]
         results = self._sweep.run(works) if works else iter(())
         for layout in layouts:
             yield self._output(next(results)) if len(layout) else StageOutput()
         if works:
             assert next(results, None) is None  # noqa: S101 - there are none left, and the pass comes to its end
-            self._grouping.done((step.micro_batch for step, _ in steps), time.monotonic() - start_s)
+            self._grouping.done((arrived.step.micro_batch for arrived in steps), time.monotonic() - start_s)
 
-    def _work(self, number: int, step: Step, layout: StepLayout) -> Work:
+    def _work(self, number: int, arrived: ArrivedStep, layout: StepLayout) -> Work:
         batches = list(layout.batches(self._memory.policy.gpu_batch_size, self._batch_rows))
         scored_rows = [row for span in self._scored(layout) for row in range(span.start, span.start + len(span.following))]
-        return Work(number, layout, self._input(step, layout), batches, scored_rows)
+        return Work(number, layout, self._input(arrived, layout), batches, scored_rows)
 
     def _output(self, result: Result) -> StageOutput:
         if not self._is_last:
-            return StageOutput(hidden=_to_wire(result.output))
+            return self._hidden_output(result.output)
         layout, logits_RV = result.work.layout, result.output
         num_sampled = len(layout.sampled)
         sampled = sample(logits_RV[:num_sampled], [member.sampler for member in layout.sampled])
@@ -132,6 +133,16 @@ class StageModel:
             logprobs=sampled.logprobs,
             prompt_logprobs=self._scores(layout, logits_RV[num_sampled:]),
         )
+
+    def _hidden_output(self, hidden_TD: torch.Tensor) -> StageOutput:
+        if not self.posts_hidden:
+            copy = self._staging.to_host(hidden_TD)
+            copy.wait()
+            return StageOutput(hidden=copy.tensor)
+        if hidden_TD.device.type != "cuda":
+            return StageOutput(posted=Posting(hidden_TD))
+        hidden_TD = hidden_TD.clone()  # a decode graph's output is overwritten by its next step
+        return StageOutput(posted=Posting(hidden_TD, torch.cuda.current_stream(hidden_TD.device).record_event()))
 
     def _scores(self, layout: StepLayout, logits_RV: torch.Tensor) -> tuple[PromptLogprobs, ...]:
         """Each row of a chunk is scored against the prompt token that follows it."""
@@ -150,14 +161,15 @@ class StageModel:
             if num_top is not None and following:
                 yield _ScoredSpan(member.number, start, following, num_top)
 
-    def _input(self, step: Step, layout: StepLayout) -> torch.Tensor:
+    def _input(self, arrived: ArrivedStep, layout: StepLayout) -> torch.Tensor:
         if self._is_first:
             return indices(layout.token_ids, self._device)
-        shape = (len(layout), self._hidden_size)
-        if step.hidden is None or step.hidden.shape != shape:
-            found = None if step.hidden is None else step.hidden.shape
+        shape, in_message = (len(layout), self._hidden_size), arrived.step.hidden
+        hidden = self._staging.to_device(in_message) if in_message is not None else arrived.hidden
+        if hidden is None or tuple(hidden.shape) != shape:
+            found = None if hidden is None else tuple(hidden.shape)
             raise Invalid(f"the step needs hidden states of shape {shape}; it came with {found}")
-        return _from_wire(step.hidden).to(device=self._device, dtype=self._dtype)
+        return hidden.to(device=self._device, dtype=self._dtype)
 
 
 class _ScoredSpan(NamedTuple):
@@ -167,18 +179,3 @@ class _ScoredSpan(NamedTuple):
     start: int
     following: Sequence[int]
     num_top: int
-
-
-def _to_wire(x: torch.Tensor) -> Tensor:
-    """Without a copy from CPU memory."""
-    x = x.detach().contiguous().cpu()
-    data = memoryview(x.view(torch.uint8).numpy().reshape(-1).data) if x.numel() else memoryview(b"")
-    return Tensor(DType(str(x.dtype).removeprefix("torch.")), tuple(x.shape), data)
-
-
-def _from_wire(tensor: Tensor) -> torch.Tensor:
-    """Without a copy; the result must not be written to."""
-    dtype = getattr(torch, tensor.dtype.value)
-    if not tensor.nbytes:
-        return torch.empty(tensor.shape, dtype=dtype)
-    return torch.frombuffer(tensor.data, dtype=dtype).view(tensor.shape)

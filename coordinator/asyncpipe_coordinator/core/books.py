@@ -27,6 +27,18 @@ class Books:
     num_preemptions: int = 0
     next_number: int = 0
 
+    def without_pipeline(self) -> Books:
+        """Of the same sequences, all of them waiting, in their order; numbers go on, so that no stage sees one twice."""
+        ledger = BlockLedger(num_blocks=0, block_tokens=self.limits.kv_block_tokens)
+        books = Books(self.limits, ledger, num_preemptions=self.num_preemptions, next_number=self.next_number)
+        for sequence in self.waiting:
+            books.waiting.push(sequence)
+        members = [member for micro_batch in self.micro_batches for member in micro_batch.members]
+        for sequence in [*self.prefilling, *self.parked, *members]:
+            sequence.lose_cache(books.number())
+            books.waiting.push(sequence)
+        return books
+
     def number(self) -> int:
         """A fresh one."""
         self.next_number += 1
@@ -56,7 +68,7 @@ class Books:
         if not self.ledger.reserve(sequence.number, num_tokens):
             return None
         self.waiting.pop()
-        sequence.most_generated = self._most_generated(sequence)
+        sequence.most_generated = sequence.most_within(self.max_context_len)
         sequence.move(SequenceState.PREFILLING)
         self.prefilling.append(sequence)
         return sequence
@@ -65,10 +77,6 @@ class Books:
     def max_context_len(self) -> int:
         """Of the model, or what fits into the KV memory when that is less."""
         return min(self.limits.max_context_len, self.ledger.max_tokens)
-
-    def _most_generated(self, sequence: Sequence) -> int:
-        room, wanted = self.max_context_len - len(sequence.request.prompt_token_ids), sequence.request.sampling.max_new_tokens
-        return room if wanted is None else min(wanted, room)
 
     def forget(self, sequence: Sequence) -> None:
         """It ends: out of wherever it is. Its blocks are free at once, for the stages hear of it before any later step."""

@@ -11,7 +11,7 @@ from asyncpipe.wire.messages import Sampling, Tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A client asks for text. `seed` is drawn by the shell when the client gave none."""
+    """A client asks for text, or for the rest of it. `seed` is drawn by the shell when the client gave none."""
 
     request_id: str
     client: Hashable
@@ -21,6 +21,7 @@ class Submitted:
     priority: int = 0
     deadline_at_s: float | None
     at_s: float
+    generated_token_ids: tuple[int, ...] = ()  # by a coordinator before this one, for the same request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,14 @@ class PipelineReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineLost:
+    """A stage is gone, and what all stages knew of sequences with it. Another pipeline will come: everyone waits for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineGone:
+    """No other pipeline will come: everyone hears `error`."""
+
     error: ErrorData
-    at_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,4 +74,4 @@ class Tick:
     at_s: float
 
 
-Event = Submitted | TokensArrived | Cancelled | StopStringFound | PipelineReady | PipelineLost | Tick
+Event = Submitted | TokensArrived | Cancelled | StopStringFound | PipelineReady | PipelineLost | PipelineGone | Tick

@@ -27,6 +27,7 @@ from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
 from asyncpipe_coordinator.core.events import (
     Cancelled,
     Event,
+    PipelineGone,
     PipelineLost,
     PipelineReady,
     StopStringFound,
@@ -45,6 +46,7 @@ RETRY_HINT_S = 1.0  # before any has ended
 
 @dataclass(frozen=True, slots=True)
 class MachineStatistics:
+    open: int
     waiting: int
     running: int
     finished: int
@@ -65,9 +67,9 @@ class Machine:
         self.meter = EfficiencyMeter(limits.num_stages)
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
-        self._lost: ErrorData | None = None
+        self._gone: ErrorData | None = None
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
-        self._books = self._no_books()
+        self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
         self._compose = static.compose if limits.schedule is Schedule.STATIC else continuous.compose
         self._arrivals = self._steps_since_retune = 0
         self._finished = self._failed = self._prompt_tokens = self._generated_tokens = 0
@@ -87,7 +89,9 @@ class Machine:
             case PipelineReady():
                 return self._on_ready(event)
             case PipelineLost():
-                return self._on_lost(event.error)
+                return self._on_lost()
+            case PipelineGone():
+                return self._on_gone(event.error)
             case Tick():
                 return self._on_tick(event.at_s)
             case _:
@@ -96,6 +100,7 @@ class Machine:
     def statistics(self) -> MachineStatistics:
         books = self._books
         return MachineStatistics(
+            open=len(self._open),
             waiting=len(books.waiting),
             running=len(self._open) - len(books.waiting),
             finished=self._finished,
@@ -122,22 +127,28 @@ class Machine:
         ends = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             ends |= self.limits.eos_token_ids
-        sequence = Sequence(self._arrivals, self._books.number(), request, may_end_with=ends)
+        generated = list(request.generated_token_ids)
+        sequence = Sequence(self._arrivals, self._books.number(), request, generated=generated, may_end_with=ends)
         self._arrivals += 1
         self._open[request.request_id] = sequence
         self._books.waiting.push(sequence)
         self._prompt_tokens += len(request.prompt_token_ids)
+        if generated:
+            sequence.most_generated = sequence.most_within(self.max_context_len)
+            if ended := self._end_if_due(sequence, generated[-1], request.at_s):
+                return ended  # only its last words were lost
         return self._issue_idle(request.at_s)
 
     def _refusal(self, request: Submitted) -> ErrorData | None:
-        if self._lost is not None:
-            return self._lost
+        if self._gone is not None:
+            return self._gone
         error: AsyncPipeError | None = None
         length, limit, num_waiting = len(request.prompt_token_ids), self.max_context_len, len(self._books.waiting)
+        num_tokens = length + len(request.generated_token_ids)
         if request.request_id in self._open:
             error = Invalid(f"request id {request.request_id!r} is in use; ids must be unique")
-        elif not 0 < length < limit:
-            error = Invalid(f"a prompt of {length} tokens; this pipeline takes 1 to {limit - 1}")
+        elif not 0 < length <= num_tokens < limit:
+            error = Invalid(f"a prompt of {num_tokens} tokens; this pipeline takes 1 to {limit - 1}")
         elif num_waiting >= self.limits.max_waiting:
             error = Busy(f"{num_waiting} requests are waiting already", retry_after_s=self._retry_after_s())
         return None if error is None else to_data(error)
@@ -175,7 +186,7 @@ class Machine:
     def _on_ready(self, event: PipelineReady) -> list[Command]:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
-        self._epoch, self._lost = event.epoch, None
+        self._epoch, self._gone = event.epoch, None
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -190,19 +201,22 @@ class Machine:
         error = Invalid(f"the prompt is too long: this pipeline's KV memory takes 1 to {self.max_context_len - 1} tokens")
         return [FailRequest(sequence.request.request_id, to_data(error)) for sequence in unfit]
 
-    def _on_lost(self, error: ErrorData) -> list[Command]:
-        self._epoch, self._lost = None, error
+    def _on_lost(self) -> list[Command]:
+        """What was in flight is lost. The next pipeline computes every sequence from its prompt and its tokens so far."""
+        self._epoch = None
+        self._books = self._books.without_pipeline()
+        self.meter.emptied()
+        return []
+
+    def _on_gone(self, error: ErrorData) -> list[Command]:
+        self._on_lost()
+        self._gone = error
         failed = list(self._open)
         for sequence in self._open.values():
-            sequence.move(SequenceState.DONE)
+            self._books.forget(sequence)
         self._failed += len(failed)
         self._open.clear()
-        self._books = self._no_books()
-        self.meter.emptied()
         return [FailRequest(request_id, error) for request_id in failed]
-
-    def _no_books(self) -> Books:
-        return Books(self.limits, BlockLedger(num_blocks=0, block_tokens=self.limits.kv_block_tokens))
 
     def _on_tokens(self, tokens: Tokens, at_s: float) -> list[Command]:
         if tokens.epoch != self._epoch:
@@ -239,11 +253,11 @@ class Machine:
         if not tokens.prompt_logprobs:
             return []
         by_number = {sequence.number: sequence for sequence in self._open.values()}
-        return [
-            EmitPromptLogprobs(by_number[scored.sequence].request.request_id, scored.logprobs)
-            for scored in tokens.prompt_logprobs
-            if scored.sequence in by_number
-        ]
+        found = (
+            (by_number[scored.sequence], scored.logprobs) for scored in tokens.prompt_logprobs if scored.sequence in by_number
+        )
+        unseen = [(sequence.request.request_id, sequence.unseen_scores(logprobs)) for sequence, logprobs in found]
+        return [EmitPromptLogprobs(request_id, logprobs) for request_id, logprobs in unseen if logprobs]
 
     def _measure(self, answered: InFlight, tokens: Tokens, at_s: float) -> None:
         if len(tokens.timings) != self.limits.num_stages:

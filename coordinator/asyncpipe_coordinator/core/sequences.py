@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from asyncpipe.wire.messages import Opened, Sampling, Step
+from asyncpipe.wire.messages import Opened, Sampling, Step, TokenLogprobs
 from asyncpipe_coordinator.core.events import Submitted
 
 
@@ -21,9 +21,9 @@ class SequenceState(enum.Enum):
 
 _LEGAL_MOVES = {
     SequenceState.WAITING: {SequenceState.PREFILLING, SequenceState.DONE},
-    SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.DONE},
+    SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
     SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.WAITING, SequenceState.DONE},
-    SequenceState.PARKED: {SequenceState.RUNNING, SequenceState.DONE},
+    SequenceState.PARKED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
     SequenceState.DONE: set[SequenceState](),
 }
 
@@ -39,7 +39,8 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values the stages hold once everything in flight is done
     generated: list[int] = field(default_factory=list)
     first_token_at_s: float | None = None
-    was_scored: bool = False  # its prompt has been computed to the end before
+    num_scored: int = 0  # prompt tokens whose scores the client has
+    num_rescored: int = 0  # of those, how many have been scored again since its KV was lost
     may_end_with: frozenset[int] = frozenset()  # tokens that end it, unless it is too short yet
     most_generated: int = 0  # so many, and it is at its end
 
@@ -57,6 +58,11 @@ class Sequence:
         """Prompt and generated tokens."""
         return len(self.request.prompt_token_ids) + len(self.generated)
 
+    def most_within(self, max_context_len: int) -> int:
+        """Tokens that may be generated in all."""
+        room, wanted = max_context_len - len(self.request.prompt_token_ids), self.request.sampling.max_new_tokens
+        return room if wanted is None else min(wanted, room)
+
     @property
     def num_remaining(self) -> int:
         """Tokens to be computed before the next one can be sampled."""
@@ -72,15 +78,26 @@ class Sequence:
             sequence=self.number,
             token_ids=(*request.prompt_token_ids, *self.generated),
             num_prompt=len(request.prompt_token_ids),
-            sampling=_for_stages(request.sampling, seed=request.seed, was_scored=self.was_scored),
+            sampling=_for_stages(request.sampling, seed=request.seed, was_scored=self._was_scored),
         )
+
+    @property
+    def _was_scored(self) -> bool:
+        """Each prompt token but the first has a score."""
+        return self.num_scored >= len(self.request.prompt_token_ids) - 1
+
+    def unseen_scores(self, scores: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+        """Those of the next prompt tokens that the client does not have yet, from now on its own."""
+        known = min(self.num_scored - self.num_rescored, len(scores))
+        self.num_rescored += len(scores)
+        self.num_scored = max(self.num_scored, self.num_rescored)
+        return scores[known:]
 
     def lose_cache(self, new_number: int) -> None:
         """Back to waiting: everything has to be computed again."""
         self.move(SequenceState.WAITING)
         self.number = new_number
-        self.num_computed = 0
-        self.was_scored = True
+        self.num_computed = self.num_rescored = 0
 
 
 def _for_stages(sampling: Sampling, *, seed: int, was_scored: bool) -> Sampling:

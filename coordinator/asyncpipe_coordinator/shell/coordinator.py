@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, assert_never
 
@@ -24,7 +24,6 @@ from asyncpipe.wire.messages import (
     StageFailed,
     Step,
     Tokens,
-    Updates,
     Usage,
     Welcome,
     WorkerToCoordinator,
@@ -33,29 +32,46 @@ from asyncpipe.wire.sampling import MAX_CHOICES
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
-from asyncpipe_coordinator.shell.outbox import Outbox, SendFailed
+from asyncpipe_coordinator.shell.clients import Clients
+from asyncpipe_coordinator.shell.outbox import SendFailed
 from asyncpipe_coordinator.shell.pool import WorkerPool
-from asyncpipe_coordinator.shell.requests import OpenChoice, Recipient, Update
+from asyncpipe_coordinator.shell.requests import OpenChoice, check_prompt
+from asyncpipe_coordinator.shell.workers import Worker
 from asyncpipe_coordinator.text import TextCodec
 
 COORDINATOR_ACTOR = "coordinator"
 TICK_S = 0.25
-CLIENT_STALL_S = 20.0  # a client that takes nothing for so long is cut off
 SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring choices get unrelated seeds
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineUp:
-    """Local: the pool's workers are loaded and connected."""
+    """Local: the stages of `epoch` are loaded and connected."""
 
-    pool: WorkerPool
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineGone:
+    """Local: it does not help to bring it up again."""
+
+    error: AsyncPipeError
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """Local: a worker of `epoch` died or failed."""
+    """Local: a worker that some stage has, or had, died."""
+
+    worker: Worker
+    error: AsyncPipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why the pipeline of `epoch` does not go on, and the stages that need another worker."""
 
     epoch: int
+    stages: tuple[int, ...]
     error: AsyncPipeError
 
 
@@ -70,7 +86,7 @@ class InFlight:
     issued_at_s: float
 
 
-LocalMessage = PipelineUp | WorkerLost | Tick | SendFailed | Down
+LocalMessage = PipelineUp | PipelineGone | WorkerLost | Tick | SendFailed | Down
 AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
 
 
@@ -87,25 +103,27 @@ class CoordinatorActor(Actor):
         codec: TextCodec,
         model: ModelInfo,
         step_timeout_s: float,
-        on_pipeline_lost: Callable[[AsyncPipeError], None],
+        on_pipeline_lost: Callable[[Loss], None],
     ) -> None:
         self._machine = machine
         self._codec = codec
         self._model = model
         self._step_timeout_s = step_timeout_s
         self._on_pipeline_lost = on_pipeline_lost
-        self._pool: WorkerPool | None = None  # joining or running
+        self._pool: WorkerPool | None = None
         self._is_up = False
+        self._num_epochs = 0
         self._in_flight: dict[int, InFlight] = {}
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
-        self._clients: dict[ActorRef, Recipient] = {}
-        self._with_updates: list[Recipient] = []  # to be sent to when the message at hand is dealt with
-        self._num_clients = 0
 
     # --- for the service, on the same loop ---
 
-    def expect(self, pool: WorkerPool) -> None:
-        """Workers that join from now on belong to `pool`."""
+    def use(self, pool: WorkerPool | None) -> None:
+        """Whose workers join, and compute; None: it is to end, and that its workers leave is no loss."""
+        if pool is None:
+            self._is_up = False
+            self._in_flight.clear()
+            self._handle(events.PipelineLost())
         self._pool = pool
 
     @property
@@ -116,13 +134,21 @@ class CoordinatorActor(Actor):
     def is_up(self) -> bool:
         return self._is_up
 
+    @property
+    def num_restarts(self) -> int:
+        """Times that the pipeline was brought up again."""
+        return max(self._num_epochs - 1, 0)
+
     # --- messages ---
+
+    async def started(self) -> None:
+        self._clients = Clients(self.system, owner=self.ref)
 
     async def handle(self, message: AnyMessage) -> Message | None:
         try:
             return self._dispatch(message)
         finally:
-            self._send_updates()
+            self._clients.send_updates(self._on_client_failed)
 
     def _dispatch(self, message: AnyMessage) -> Message | None:
         match message:
@@ -137,7 +163,9 @@ class CoordinatorActor(Actor):
             case StageFailed():
                 self._on_stage_failed(message)
             case PipelineUp():
-                self._on_pipeline_up(message.pool)
+                self._on_pipeline_up(message.epoch)
+            case PipelineGone():
+                self._handle(events.PipelineGone(error=to_data(message.error)))
             case WorkerLost():
                 self._on_worker_lost(message)
             case Tick():
@@ -153,12 +181,19 @@ class CoordinatorActor(Actor):
     def _on_generate(self, message: Generate) -> Accepted:
         token_ids = self._prompt_tokens(message)
         key = self._unique(message.request_id)
-        client = self._client(self._sender())
+        client = self._clients.get(self._sender())
         sampling, now_s = message.sampling, time.monotonic()
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        if message.generated_token_ids and sampling.n > 1:
+            raise Invalid(f"a request of {sampling.n} texts cannot go on after the tokens of one")
         for choice in range(sampling.n):
             self._open[_choice_id(key, choice)] = OpenChoice.create(
-                message.request_id, choice, client=client, codec=self._codec, sampling=sampling
+                message.request_id,
+                choice,
+                client=client,
+                codec=self._codec,
+                sampling=sampling,
+                generated_token_ids=message.generated_token_ids,
             )
         for choice in range(sampling.n):
             self._handle(
@@ -171,9 +206,10 @@ class CoordinatorActor(Actor):
                     priority=message.priority,
                     deadline_at_s=None if message.deadline_s is None else now_s + message.deadline_s,
                     at_s=now_s,
+                    generated_token_ids=message.generated_token_ids,
                 )
             )
-        return Accepted(request_id=message.request_id, prompt_token_ids=token_ids)
+        return Accepted(request_id=message.request_id, prompt_token_ids=token_ids, seed=seed)
 
     def _prompt_tokens(self, message: Generate) -> tuple[int, ...]:
         if (message.prompt is None) == (message.prompt_token_ids is None):
@@ -191,7 +227,7 @@ class CoordinatorActor(Actor):
         try:
             self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
         except WireError as error:
-            self._lose_pipeline(StageLost(f"the last stage broke the protocol: {error}"))
+            self._lose_pipeline([self._num_stages - 1], StageLost(f"the last stage broke the protocol: {error}"))
 
     def _on_cancel(self, client_request_id: str, client: ActorRef) -> None:
         for request_id, open_choice in list(self._open.items()):
@@ -202,13 +238,19 @@ class CoordinatorActor(Actor):
         if self._pool is None:
             raise Invalid("no workers are expected now")
         sender = self._sender()
-        self._pool.on_join(message, sender)
+        self._pool.source.on_join(message, sender)
         self.system.monitor(sender, watcher=self.ref)
         return Welcome(epoch=self._pool.epoch)
 
-    def _on_pipeline_up(self, pool: WorkerPool) -> None:
+    def _on_pipeline_up(self, epoch: int) -> None:
+        """Somebody may have been lost since: `pool.lose` has taken note, and there is no epoch to begin."""
+        assert self._pool is not None  # noqa: S101 - it has been brought up
         self._is_up = True
-        self._handle(events.PipelineReady(epoch=pool.epoch, kv_blocks=pool.kv_blocks, at_s=time.monotonic()))
+        self._num_epochs += 1
+        if missing := [stage for stage in range(self._num_stages) if stage not in self._pool.workers]:
+            self._lose_pipeline(missing, StageLost(f"stage {missing[0]} was lost while the pipeline was brought up"))
+            return
+        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=self._pool.kv_blocks, at_s=time.monotonic()))
 
     def _on_tick(self) -> None:
         now_s = time.monotonic()
@@ -216,82 +258,70 @@ class CoordinatorActor(Actor):
         for sent in self._in_flight.values():
             if now_s - sent.issued_at_s > self._step_timeout_s:
                 self._lose_pipeline(
+                    range(self._num_stages),  # nobody knows where it got stuck
                     StageLost(
                         f"no tokens came back for micro-batch {sent.step.micro_batch}, step {sent.step.step},"
                         f" within {self._step_timeout_s:g} s"
-                    )
+                    ),
                 )
                 return
 
     # --- losses ---
 
     def _on_stage_failed(self, message: StageFailed) -> None:
-        if self._pool is not None and message.epoch == self._pool.epoch:
-            cause = from_data(message.error)
-            self._lose_pipeline(StageLost(f"{self._pool.describe(message.stage)} failed: {cause}"))
+        if self._pool is not None and message.epoch == self._pool.epoch and message.stage < self._num_stages:
+            self._lose_stage(message.stage, from_data(message.error))
 
     def _on_worker_lost(self, message: WorkerLost) -> None:
-        if self._pool is not None and message.epoch == self._pool.epoch:
-            self._lose_pipeline(message.error)
+        """Its link's end may have said so before, less clearly."""
+        stage = self._pool.stage_of(message.worker.ref) if self._pool is not None else None
+        if stage is not None:
+            self._lose_stage(stage, message.error)
 
     def _on_send_failed(self, message: SendFailed) -> None:
-        if self._pool is not None and message.target == self._pool.first:
-            self._lose_pipeline(self._pool.lost(0, message.error))
+        if self._pool is not None and self._pool.stage_of(message.target) == 0:
+            self._lose_stage(0, message.error)
         else:
             self._drop_client(message.target)
 
     def _on_down(self, message: Down) -> None:
+        error = from_data(message.error)
         stage = self._pool.stage_of(message.ref) if self._pool is not None else None
-        if stage is not None and self._pool is not None:
-            self._lose_pipeline(self._pool.lost(stage, message.error.message))
+        if stage is not None:
+            self._lose_stage(stage, error)
         elif message.ref in self._clients:
             self._drop_client(message.ref)
+        elif self._pool is not None:
+            self._pool.source.on_down(message.ref, error)
 
-    def _lose_pipeline(self, error: AsyncPipeError) -> None:
-        """Once per epoch: everyone who waits hears of it, and the service decides whether to start again."""
-        if not self._is_up:
+    def _lose_stage(self, stage: int, error: AsyncPipeError) -> None:
+        assert self._pool is not None  # noqa: S101 - the callers have looked
+        lost = self._pool.lost(stage, error)
+        self._pool.lose([stage], error)
+        self._lose_pipeline([stage], lost)
+
+    def _lose_pipeline(self, stages: Iterable[int], error: AsyncPipeError) -> None:
+        """Once per epoch: requests wait, and the service brings the pipeline up again."""
+        if not self._is_up or self._pool is None:
             return
         self._is_up = False
         self._in_flight.clear()
-        self._handle(events.PipelineLost(error=to_data(error), at_s=time.monotonic()))
-        self._on_pipeline_lost(error)
+        self._handle(events.PipelineLost())
+        self._on_pipeline_lost(Loss(self._pool.epoch, tuple(stages), error))
 
     # --- clients ---
 
-    def _client(self, ref: ActorRef) -> Recipient:
-        if ref not in self._clients:
-            self._num_clients += 1
-            name = f"client-{self._num_clients}"
-            outbox = Outbox(ref, owner=self.ref, timeout_s=CLIENT_STALL_S)
-            self._clients[ref] = Recipient(ref, outbox, self.system.spawn(lambda: outbox, name=name))
-            self.system.monitor(ref, watcher=self.ref)
-        return self._clients[ref]
-
     def _drop_client(self, ref: ActorRef) -> None:
         """Gone, or too slow: its requests end, nobody else's do."""
-        client = self._clients.pop(ref, None)
+        client = self._clients.pop(ref)
         if client is None:
             return
         self.background(self.system.stop(client.outbox_ref), name="stop outbox")
         for request_id in [r for r, request in self._open.items() if request.client is client]:
             self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
-    def _update(self, client: Recipient, update: Update) -> None:
-        if not client.updates:
-            self._with_updates.append(client)
-        client.updates.append(update)
-
-    def _send_updates(self) -> None:
-        """One message a client for all that has happened to its requests."""
-        for client in self._with_updates:
-            updates, client.updates = client.updates, []
-            if client.ref not in self._clients:
-                continue
-            try:
-                client.outbox.post(Updates(updates=tuple(updates)), outbox=client.outbox_ref)
-            except AsyncPipeError as error:
-                self.ref.signal(SendFailed(client.ref, error))
-        self._with_updates.clear()
+    def _on_client_failed(self, client: ActorRef, error: AsyncPipeError) -> None:
+        self.ref.signal(SendFailed(client, error))
 
     # --- commands ---
 
@@ -315,18 +345,19 @@ class CoordinatorActor(Actor):
 
     def _issue(self, step: Step) -> None:
         assert self._pool is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
+        first = self._pool.first
         self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
         try:
             # There are more credits than micro-batches, so this is never Busy.
-            self._pool.first.tell_nowait(step)
+            first.tell_nowait(step)
         except AsyncPipeError as error:
-            self.ref.signal(SendFailed(self._pool.first, error))
+            self.ref.signal(SendFailed(first, error))
 
     def _emit(self, command: commands.EmitToken, *, is_last: bool) -> None:
         request = self._open.get(command.request_id)
         if request is None or request.stopped:
             return
-        self._update(request.client, request.piece(command, is_last=is_last))
+        self._clients.update(request.client, request.piece(command, is_last=is_last))
         if request.stops.found:
             request.stopped = True
             self._handle(events.StopStringFound(request_id=command.request_id, at_s=time.monotonic()))
@@ -334,7 +365,7 @@ class CoordinatorActor(Actor):
     def _score(self, command: commands.EmitPromptLogprobs) -> None:
         request = self._open.get(command.request_id)
         if request is not None:
-            self._update(request.client, PromptScored(request_id=request.request_id, logprobs=command.logprobs))
+            self._clients.update(request.client, PromptScored(request_id=request.request_id, logprobs=command.logprobs))
 
     def _finish(self, command: commands.FinishRequest) -> None:
         request = self._open.pop(command.request_id, None)
@@ -354,17 +385,21 @@ class CoordinatorActor(Actor):
             usage=usage,
             choice=request.choice,
         )
-        self._update(request.client, finished)
+        self._clients.update(request.client, finished)
 
     def _fail(self, command: commands.FailRequest) -> None:
         """One choice that fails takes the others of its request with it."""
         request = self._open.pop(command.request_id, None)
         if request is None:
             return
-        self._update(request.client, Failed(request_id=request.request_id, error=command.error))
+        self._clients.update(request.client, Failed(request_id=request.request_id, error=command.error))
         self._on_cancel(request.request_id, request.client.ref)
 
     # --- small things ---
+
+    @property
+    def _num_stages(self) -> int:
+        return self._machine.limits.num_stages
 
     def _sender(self) -> ActorRef:
         if self.sender is None:
@@ -382,16 +417,3 @@ class CoordinatorActor(Actor):
 def _choice_id(key: str, choice: int) -> str:
     """The machine's id of one choice of a request."""
     return f"{key}#{choice}"
-
-
-def check_prompt(token_ids: tuple[int, ...], model: ModelInfo) -> None:
-    """Raises Invalid for a prompt that the model cannot take."""
-    if not token_ids:
-        raise Invalid("the prompt is empty: give at least one token")
-    if len(token_ids) >= model.max_context_len:
-        raise Invalid(
-            f"the prompt has {len(token_ids)} tokens; the model's context is {model.max_context_len},"
-            f" so a prompt may have at most {model.max_context_len - 1}"
-        )
-    if max(token_ids) >= model.vocab_size:
-        raise Invalid(f"token id {max(token_ids)} is outside the model's vocabulary of {model.vocab_size}")

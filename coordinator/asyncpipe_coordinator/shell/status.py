@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor
@@ -21,7 +21,8 @@ from asyncpipe.wire.messages import (
 )
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.shell.coordinator import CoordinatorActor
-from asyncpipe_coordinator.shell.pool import Worker, WorkerPool
+from asyncpipe_coordinator.shell.pool import WorkerPool
+from asyncpipe_coordinator.shell.workers import Worker
 
 STATUS_ACTOR = "status"
 
@@ -39,12 +40,14 @@ class StatusActor(Actor):
 
     async def handle(self, message: GetStatus) -> Status:
         pool = self._coordinator.pool
-        counters = await pool.counters() if pool is not None else ()
+        counters = await pool.counters() if pool is not None else {}
         statistics = self._machine.statistics()
         return Status(
             model=self._model_name,
             state="running" if self._coordinator.is_up else "starting",
             uptime_s=time.monotonic() - self._started_at_s,
+            restarts=self._coordinator.num_restarts,
+            spares=pool.source.num_spares if pool is not None else 0,
             requests_waiting=statistics.waiting,
             requests_running=statistics.running,
             requests_finished=statistics.finished,
@@ -75,25 +78,25 @@ class StatusActor(Actor):
             overhead_s=tuner.overhead_s,
         )
 
-    def _stages(self, pool: WorkerPool | None, counters: Sequence[StageCounters | None]) -> tuple[StageStatus, ...]:
+    def _stages(self, pool: WorkerPool | None, counters: Mapping[int, StageCounters]) -> tuple[StageStatus, ...]:
         if pool is None:
             return ()
         active_s = self._machine.meter.measured_s
         return tuple(
-            _status(worker, count, active_s, pool.config.policy_of(worker.stage))
-            for worker, count in zip(pool.workers, counters, strict=True)
+            _status(stage, worker, counters.get(stage), active_s, pool.config.policy_of(stage))
+            for stage, worker in sorted(pool.workers.items())
         )
 
 
-def _status(worker: Worker, counters: StageCounters | None, active_s: float, policy: Policy) -> StageStatus:
+def _status(stage: int, worker: Worker, counters: StageCounters | None, active_s: float, policy: Policy) -> StageStatus:
     """`active_s` is for how long the pipeline has had work."""
     join, report = worker.join, worker.report
     busy_s, send_wait_s, span_s = (counters.busy_s, counters.send_wait_s, counters.span_s) if counters else (0.0, 0.0, 0.0)
     return StageStatus(
-        stage=worker.stage,
-        pid=worker.process.pid,
-        device=join.device if join else "",
-        host=join.host if join else "",
+        stage=stage,
+        pid=join.pid,
+        device=join.device,
+        host=join.host,
         layers=report.layers if report else (0, 0),
         num_params=report.num_params if report else 0,
         param_bytes=report.param_bytes if report else 0,
@@ -103,6 +106,7 @@ def _status(worker: Worker, counters: StageCounters | None, active_s: float, pol
         idle=IdleTimes(
             starved_s=max(active_s - busy_s - send_wait_s, 0.0), send_wait_s=send_wait_s, no_work_s=max(span_s - active_s, 0.0)
         ),
+        link=worker.link,
         kv_blocks=report.kv_blocks if report else 0,
         policy=policy,
         tiers=report.tiers if report else TierReport(),

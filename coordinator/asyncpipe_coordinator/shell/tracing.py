@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from asyncpipe.actors import ActorRef
@@ -42,18 +43,27 @@ async def tracing(pool: WorkerPool, path: Path | None) -> AsyncIterator[None]:
         await collector.collect()
 
 
+@dataclass(slots=True)
+class _Source:
+    """A stage's worker, what its clock is ahead of ours, and the number of its next span."""
+
+    ref: ActorRef
+    offset_ns: int
+    next_span: int
+
+
 class _Collector:
     def __init__(self, pool: WorkerPool, trace: ChromeTrace) -> None:
-        self._stages = [worker.ref for worker in pool.workers if worker.ref is not None]
+        self._pool = pool
         self._trace = trace
-        self._next = [0] * len(self._stages)
-        self._offsets_ns = [0] * len(self._stages)
+        self._sources: dict[int, _Source] = {}  # by stage
 
     async def begin(self) -> None:
         """Align the clocks; what was recorded before is not of interest."""
-        self._offsets_ns = list(await asyncio.gather(*(clock_offset_ns(stage) for stage in self._stages)))
-        for index, stage in enumerate(self._stages):
-            self._next[index] = await _end_of_spans(stage)
+        workers = self._pool.workers
+        offsets_ns = await asyncio.gather(*(clock_offset_ns(worker.ref) for worker in workers.values()))
+        for (stage, worker), offset_ns in zip(workers.items(), offsets_ns, strict=True):
+            self._sources[stage] = _Source(worker.ref, offset_ns, await _end_of_spans(worker.ref))
 
     async def run(self) -> None:
         while True:
@@ -61,22 +71,29 @@ class _Collector:
             await self.collect()
 
     async def collect(self) -> None:
-        for index, stage in enumerate(self._stages):
+        for stage, worker in list(self._pool.workers.items()):
             try:
-                await self._collect(index, stage)
+                await self._collect(stage, await self._source_of(stage, worker.ref))
             except AsyncPipeError as error:
-                log.warning("the trace misses spans of stage %d: %s", index, error)
+                log.warning("the trace misses spans of stage %d: %s", stage, error)
 
-    async def _collect(self, index: int, stage: ActorRef) -> None:
+    async def _source_of(self, stage: int, ref: ActorRef) -> _Source:
+        """Another one when the stage has got another worker; all that this one has done is of interest."""
+        source = self._sources.get(stage)
+        if source is None or source.ref != ref:
+            source = self._sources[stage] = _Source(ref, await clock_offset_ns(ref), 0)
+        return source
+
+    async def _collect(self, stage: int, source: _Source) -> None:
         while True:
-            found = await stage.ask(GetSpans(first=self._next[index]), timeout=ASK_TIMEOUT_S)
-            if found.first > self._next[index]:
-                log.warning("the trace misses %d spans of stage %d", found.first - self._next[index], index)
+            found = await source.ref.ask(GetSpans(first=source.next_span), timeout=ASK_TIMEOUT_S)
+            if found.first > source.next_span:
+                log.warning("the trace misses %d spans of stage %d", found.first - source.next_span, stage)
             try:
-                self._trace.add(index, found.spans, clock_offset_ns=self._offsets_ns[index])
+                self._trace.add(stage, found.spans, clock_offset_ns=source.offset_ns)
             except OSError as error:
                 raise Invalid(f"cannot write the trace: {error.strerror or error}") from None
-            self._next[index] = found.first + len(found.spans)
+            source.next_span = found.first + len(found.spans)
             if len(found.spans) < MAX_SPANS_PER_MESSAGE:
                 return
 

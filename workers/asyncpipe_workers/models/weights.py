@@ -112,12 +112,22 @@ class Parts(Protocol):
 def linear_of_parts(parts: Parts, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Linear:
     blocks = [block for name, size in rows for block in parts.rows(f"{name}.weight", 0, size, of=(size, in_size))]
     biases = [parts.vector(f"{name}.bias", size) for name, size in rows] if bias else []
-    return Linear(joined(blocks), torch.cat(biases) if len(biases) > 1 else next(iter(biases), None))
+    return Linear(joined(blocks), end_to_end(biases) if biases else None)
 
 
 def transposed_of_parts(parts: Parts, name: str, in_size: int, out_size: int, *, bias: bool) -> TransposedLinear:
     blocks = parts.rows(f"{name}.weight", 0, in_size, of=(in_size, out_size))
     return TransposedLinear(joined(blocks), parts.vector(f"{name}.bias", out_size) if bias else None)
+
+
+def end_to_end(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One vector of several. To do so with those that only have a shape, torch would import its compiler, for a second."""
+    first = vectors[0]
+    if len(vectors) == 1:
+        return first
+    if first.device.type == "meta":
+        return torch.empty(sum(map(len, vectors)), device="meta")
+    return torch.cat(list(vectors))
 
 
 def joined(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
