@@ -103,7 +103,7 @@ async def cluster(model: Path, keys: Path | None = None) -> AsyncIterator[Cluste
 
 
 async def until(client: Client, condition: Callable[[Status], object]) -> Status:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition(status := await client.status()):
             await asyncio.sleep(0.05)
     return status
@@ -159,6 +159,31 @@ def test_a_coordinator_that_comes_back_finds_its_workers_and_the_client_goes_on(
     run(scenario(), timeout_s=90)
 
 
+def test_workers_of_torchrun_find_the_coordinator_and_become_the_stages_of_their_ranks(
+    checkpoint: Path, undisturbed: tuple[int, ...]
+) -> None:
+    async def scenario() -> None:
+        async with cluster(checkpoint) as machines:
+            await machines.coordinator("--stages", "2")
+            port = machines.address.rpartition(":")[2]
+            argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+            argv += ["--master-port", "0", "--no-python", sys.executable, "-m", "asyncpipe_workers", "--device", "cpu"]
+            torchrun = await ChildProcess.spawn(argv, env=os.environ | {"ASYNCPIPE_PORT": port}, name="torchrun")
+            machines.processes.append(torchrun)
+            async with machines.client() as client:
+                status = await until(client, lambda status: status.state == "running")
+                assert await stream(client) == undisturbed
+                ranks = [environment(stage.pid)["RANK"] for stage in status.stages]
+                assert ranks == ["0", "1"]
+
+    run(scenario(), timeout_s=90)
+
+
+def environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
 def test_without_resume_the_client_hears_that_the_coordinator_is_gone(checkpoint: Path) -> None:
     async def scenario() -> None:
         async with cluster(checkpoint) as machines:
@@ -192,9 +217,22 @@ def test_strangers_are_refused(checkpoint: Path, keys: Path, tmp_path: Path) -> 
                         async with connect(machines.address, keys=bad, timeout_s=2.0):
                             pass
                 assert (await client.status()).spares == 0
+                worker_port = listening_port((await client.status()).stages[0].pid)
+                for directory in (keys, mixed):  # a worker takes nobody but the stage before it
+                    with pytest.raises((Refused, Timeout)):
+                        async with connect(f"tcp://127.0.0.1:{worker_port}", keys=directory, timeout_s=2.0):
+                            pass
                 assert len(await stream(client)) == NUM_TOKENS
 
     run(scenario(), timeout_s=60)
+
+
+def listening_port(pid: int) -> int:
+    """The one tcp port that a process listens on."""
+    sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    (address,) = {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+    return int(address.rpartition(":")[2], 16)
 
 
 def test_other_machines_are_not_let_in_without_keys(checkpoint: Path) -> None:
