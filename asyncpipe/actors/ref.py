@@ -22,6 +22,9 @@ class Route(Protocol):
     @property
     def node(self) -> NodeId: ...
 
+    @property
+    def role(self) -> str: ...
+
     async def tell(self, name: ActorName, message: Any, sender: ActorRef | None, timeout_s: float) -> None: ...
 
     def tell_nowait(self, name: ActorName, message: Any, sender: ActorRef | None) -> None: ...
@@ -44,6 +47,11 @@ class ActorRef:
     @property
     def node(self) -> NodeId:
         return self.route.node
+
+    @property
+    def role(self) -> str:
+        """That its system has said it has, and where links have keys, has proven."""
+        return self.route.role
 
     def as_seen_by(self, sender: ActorRef) -> ActorRef:
         """The same actor; what is sent through this reference comes from `sender`, whoever runs the code."""

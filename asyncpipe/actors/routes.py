@@ -42,6 +42,10 @@ class LocalRoute:
     def node(self) -> NodeId:
         return self._system.node
 
+    @property
+    def role(self) -> str:
+        return self._system.role
+
     async def tell(self, name: ActorName, message: Any, sender: ActorRef | None, timeout_s: float) -> None:
         await self._system.cell(name).mailbox.put(Letter(message, sender), timeout_s=timeout_s)
 
@@ -89,6 +93,10 @@ class Peer:
     @property
     def node(self) -> NodeId:
         return self.link.remote.node
+
+    @property
+    def role(self) -> str:
+        return self.link.remote.role
 
     def ref(self, name: str) -> ActorRef:
         return ActorRef(ActorName(name), self)

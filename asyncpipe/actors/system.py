@@ -64,6 +64,7 @@ class ActorSystem:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.name = name
+        self.role = role
         self.node: NodeId = new_node_id()
         self._options = options
         self._hello = Hello(

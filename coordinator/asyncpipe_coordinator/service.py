@@ -13,13 +13,12 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError, Broken, Invalid, StageLost
-from asyncpipe.errors import Timeout as DeadlinePassed
 from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe.transport.keys import Keys
@@ -137,7 +136,12 @@ class Service:
             await self._system.listen(self._workers_address)
         else:
             self._on_progress(join_hint(self.config, self.address, with_keys=security.keys is not None), steps=0)
-        await self._bring_up()
+        try:
+            await self._bring_up()
+        except Broken as error:
+            if self.config.workers_are_local:
+                raise
+            await self._replace((), error)  # another one may come
         gc.freeze()  # what is here now stays: no collection need look at it again
         self._actor.background(self._supervise(), name="supervise")
         self._actor.background(self._tick(), name="tick")
@@ -146,23 +150,22 @@ class Service:
         while not self._gone.done():
             loss = await self._losses.get()
             try:
-                await self._replace(loss)
+                await self._replace(loss.stages, loss.error)
             except AsyncPipeError as error:
                 gone = error if isinstance(error, StageLost) else StageLost(f"a lost stage could not be replaced: {error}")
                 self._gone.set_result(gone)
                 await self._ref.tell(PipelineGone(gone), timeout=LOCAL_TIMEOUT_S)
 
-    async def _replace(self, loss: Loss) -> None:
+    async def _replace(self, stages: Sequence[int], error: AsyncPipeError) -> None:
         """Raises the last error when it has not helped often enough, or cannot help."""
-        error = loss.error
-        self._pool.lose(loss.stages, error)
+        self._pool.lose(stages, error)
         while True:
             log.error("%s", error)
             if not self._may_start_again():
                 raise error
             try:
                 await self._bring_up()
-            except (Broken, DeadlinePassed) as again:
+            except Broken as again:
                 error = again
             else:
                 log.warning("the pipeline is up again; %d requests go on", self._machine.statistics().open)

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from asyncpipe import Client, connect
+from asyncpipe import Broken, Client, Refused, connect
 from asyncpipe.actors import Actor, ActorSystem
+from asyncpipe.errors import to_data
 from asyncpipe.model_place import BUNDLED_MODEL
 from asyncpipe.process import ChildProcess
 from asyncpipe.transport.base import LinkOptions
-from asyncpipe.wire.messages import Generate, Sampling, Updates
+from asyncpipe.wire.messages import Generate, Join, Sampling, StageFailed, Tokens, Updates
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
 from asyncpipe_coordinator.shell import clients
@@ -39,10 +40,12 @@ asyncio.run(main())
 """
 
 
+CONFIG = ServiceConfig(checkpoint=BUNDLED_MODEL, num_stages=2, device="sim:layer_ms=1,context=200000,kv_blocks=100000")
+
+
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[tuple[str, Client]]:
-    config = ServiceConfig(checkpoint=BUNDLED_MODEL, num_stages=2, device="sim:layer_ms=1,context=200000,kv_blocks=100000")
-    async with Service.open(config, bind="tcp://127.0.0.1:0") as service, connect(service.address) as client:
+    async with Service.open(CONFIG, bind="tcp://127.0.0.1:0") as service, connect(service.address) as client:
         yield service.address, client
 
 
@@ -101,5 +104,28 @@ def test_a_client_that_reads_nothing_is_cut_off_and_others_go_on(monkeypatch: py
             await until_open(client, 2, timeout_s=5)
             await until_open(client, 1, timeout_s=10)
             assert list((await mine).token_ids) == simulated_tokens(PROMPT, 600)
+
+    run(scenario(), timeout_s=60)
+
+
+def test_a_client_cannot_join_as_a_worker_nor_speak_for_one() -> None:
+    async def scenario() -> None:
+        async with (
+            Service.open(CONFIG, bind="tcp://127.0.0.1:0") as service,
+            connect(service.address) as client,
+            ActorSystem("impostor", role="client") as system,
+        ):
+            epoch = service._pool.epoch
+            coordinator = await system.connect(service.address, actor="coordinator")
+            impostor = coordinator.as_seen_by(system.spawn(Sleeper, name="impostor"))
+            with pytest.raises(Refused, match="a client cannot join"):
+                await impostor.ask(Join(pid=1, host="h", device="cpu", address=service.address), timeout=5.0)
+            token_ids = []
+            async for piece in client.stream(PROMPT, max_new_tokens=200):
+                token_ids.append(piece.token_id)
+                impostor.signal(StageFailed(epoch=epoch, stage=0, error=to_data(Broken("not true"))))
+                impostor.signal(Tokens(epoch=epoch, micro_batch=0, step=piece.index + 1, token_ids=(99,)))
+            assert token_ids == simulated_tokens(PROMPT, 200)
+            assert (await client.status()).restarts == 0
 
     run(scenario(), timeout_s=60)

@@ -16,6 +16,7 @@ import pytest
 
 from asyncpipe import Broken, Client, Invalid, Refused, Timeout, connect
 from asyncpipe.process import ChildProcess
+from asyncpipe.process.reap import PARENT_VARIABLE
 from asyncpipe.wire.messages import Status
 from asyncpipe_coordinator.cli import main as coordinator_main
 from asyncpipe_coordinator.config import ServiceConfig
@@ -166,7 +167,19 @@ def test_workers_of_torchrun_find_the_coordinator_and_become_the_stages_of_their
         async with cluster(checkpoint) as machines:
             await machines.coordinator("--stages", "2")
             port = machines.address.rpartition(":")[2]
-            argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+            # What tells a child of ours to end with us would end torchrun's own children.
+            argv = [
+                "env",
+                "-u",
+                PARENT_VARIABLE,
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--master-addr",
+                "127.0.0.1",
+            ]
             argv += ["--master-port", "0", "--no-python", sys.executable, "-m", "asyncpipe_workers", "--device", "cpu"]
             torchrun = await ChildProcess.spawn(argv, env=os.environ | {"ASYNCPIPE_PORT": port}, name="torchrun")
             machines.processes.append(torchrun)

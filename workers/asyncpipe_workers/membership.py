@@ -53,7 +53,8 @@ class Membership:
             log.warning("the coordinator is lost (%s); looking for it again for %g s", error, self.search_s)
 
     async def _join(self) -> asyncio.Future[AsyncPipeError]:
-        coordinator = await self.system.connect(self.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
+        found = await self.system.connect(self.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
+        coordinator = found.as_seen_by(self.stage)
         lost = self.actor.serve(coordinator)
         self.system.monitor(coordinator, watcher=self.stage)
         join = Join(
@@ -70,7 +71,7 @@ class Membership:
             address=self.address,
             public_key=self.public_key,
         )
-        await coordinator.as_seen_by(self.stage).ask(join, timeout=JOIN_TIMEOUT_S)
+        await coordinator.ask(join, timeout=JOIN_TIMEOUT_S)
         log.info("joined the coordinator at %s", self.coordinator)
         return lost
 

@@ -102,7 +102,7 @@ class StageActor(Actor):
         self._is_sending = False
 
     def serve(self, coordinator: ActorRef) -> asyncio.Future[AsyncPipeError]:
-        """For the process that runs this actor, and watches `coordinator` for it: whom it serves from now on. The future says
+        """For the process that runs this actor, and watches `coordinator`, as seen by it: whom it serves. The future says
         how that coordinator was lost."""
         self._coordinator = coordinator
         self._lost = asyncio.get_running_loop().create_future()

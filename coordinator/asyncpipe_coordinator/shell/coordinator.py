@@ -11,7 +11,7 @@ from typing import Any, ClassVar, assert_never
 import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
-from asyncpipe.errors import AsyncPipeError, Invalid, StageLost, WireError, from_data, to_data
+from asyncpipe.errors import AsyncPipeError, Invalid, Refused, StageLost, WireError, from_data, to_data
 from asyncpipe.wire.messages import (
     Accepted,
     Cancel,
@@ -221,6 +221,8 @@ class CoordinatorActor(Actor):
         return token_ids
 
     def _on_tokens(self, tokens: Tokens) -> None:
+        if not self._is_from(self._num_stages - 1):
+            return
         sent = self._in_flight.get(tokens.micro_batch)
         if sent is not None and sent.step.epoch == tokens.epoch and sent.step.step == tokens.step:
             del self._in_flight[tokens.micro_batch]
@@ -238,6 +240,8 @@ class CoordinatorActor(Actor):
         if self._pool is None:
             raise Invalid("no workers are expected now")
         sender = self._sender()
+        if sender.role != "worker":
+            raise Refused(f"a {sender.role} cannot join as a worker")
         self._pool.source.on_join(message, sender)
         self.system.monitor(sender, watcher=self.ref)
         return Welcome(epoch=self._pool.epoch)
@@ -269,7 +273,10 @@ class CoordinatorActor(Actor):
     # --- losses ---
 
     def _on_stage_failed(self, message: StageFailed) -> None:
-        if self._pool is not None and message.epoch == self._pool.epoch and message.stage < self._num_stages:
+        reporter = self._pool.stage_of(self._sender()) if self._pool is not None else None
+        if reporter is None or self._pool is None or message.epoch != self._pool.epoch:
+            return
+        if abs(message.stage - reporter) <= 1 and message.stage < self._num_stages:
             self._lose_stage(message.stage, from_data(message.error))
 
     def _on_worker_lost(self, message: WorkerLost) -> None:
@@ -400,6 +407,11 @@ class CoordinatorActor(Actor):
     @property
     def _num_stages(self) -> int:
         return self._machine.limits.num_stages
+
+    def _is_from(self, stage: int) -> bool:
+        """Whether the message at hand is from the worker of `stage`: others have no say, whatever they send."""
+        worker = self._pool.workers.get(stage) if self._pool is not None else None
+        return worker is not None and worker.ref == self.sender
 
     def _sender(self) -> ActorRef:
         if self.sender is None:
