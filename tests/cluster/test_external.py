@@ -168,19 +168,9 @@ def test_workers_of_torchrun_find_the_coordinator_and_become_the_stages_of_their
             await machines.coordinator("--stages", "2")
             port = machines.address.rpartition(":")[2]
             # What tells a child of ours to end with us would end torchrun's own children.
-            argv = [
-                "env",
-                "-u",
-                PARENT_VARIABLE,
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                "2",
-                "--master-addr",
-                "127.0.0.1",
-            ]
-            argv += ["--master-port", "0", "--no-python", sys.executable, "-m", "asyncpipe_workers", "--device", "cpu"]
+            argv = ["env", "-u", PARENT_VARIABLE, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            argv += ["--master-addr", "127.0.0.1", "--master-port", "0", "--no-python"]
+            argv += [sys.executable, "-m", "asyncpipe_workers", "--device", "cpu"]
             torchrun = await ChildProcess.spawn(argv, env=os.environ | {"ASYNCPIPE_PORT": port}, name="torchrun")
             machines.processes.append(torchrun)
             async with machines.client() as client:
