@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 PROMPT ?= def 
 STAGES ?= 2
 
-.PHONY: run test setup check format clean test-gpu
+.PHONY: run test setup check format clean test-gpu test-docker
 .DELETE_ON_ERROR:
 
 run: $(STAMP)  ## set up, then generate text with the bundled model on two stages
@@ -17,6 +17,10 @@ test: $(STAMP)  ## set up, then run every test
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
+
+test-docker: $(STAMP)  ## build the images and run them, on a Docker engine of its own if none runs here
+	@sh tests/docker/install.sh
+	@$(BIN)/python -m pytest -m docker tests/docker --durations=0
 
 setup: $(STAMP)  ## only set up
 

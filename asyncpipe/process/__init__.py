@@ -1,7 +1,7 @@
 """Child processes: started, watched, stopped, reaped."""
 
-from asyncpipe.process.loop import run
+from asyncpipe.process.loop import exit_on_term, run
 from asyncpipe.process.reap import die_with_parent
 from asyncpipe.process.spawn import ChildProcess
 
-__all__ = ["ChildProcess", "die_with_parent", "run"]
+__all__ = ["ChildProcess", "die_with_parent", "exit_on_term", "run"]

@@ -37,6 +37,13 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
             return SIGNAL_EXIT + received[0]
 
 
+def exit_on_term() -> None:
+    """Call first in a program: until its loop runs, SIGTERM ends it even as the first process of a container, where the kernel
+    does nothing by itself."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(SIGNAL_EXIT + number))
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop

@@ -44,7 +44,7 @@ class HostLink(Request[LinkHosted], frozen=True, kw_only=True):
 
     epoch: Count
     wanted: Name
-    host: Name
+    machine: Name
     device: Name
     card: Name = ""
     offered: Annotated[tuple[LinkKind, ...], Meta(max_length=8)] = ()

@@ -142,7 +142,8 @@ class Join(Request[Welcome], frozen=True, kw_only=True):
     rank: Count | None = None  # which stage it would like to be: that of its place in its launcher's job
     stage: Count | None = None  # which one it has been, for a coordinator before this one, and still holds
     pid: Count
-    host: Name
+    host: Name  # as people call it: a container has a name of its own
+    machine: Name = ""  # the same for all processes of one machine, and no other
     device: Name
     device_name: Name = ""  # as its maker calls it
     card: Name = ""  # a GPU's UUID: device numbers repeat where processes see different cards

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from asyncpipe.errors import AsyncPipeError, Invalid
-from asyncpipe.process import die_with_parent, run
+from asyncpipe.process import die_with_parent, exit_on_term, run
 from asyncpipe_coordinator.bench_options import BENCH_EPILOG, add_bench_options
 from asyncpipe_coordinator.flags import Parser
 from asyncpipe_coordinator.keygen import DEFAULT_DIRECTORY, KEYGEN_EPILOG
@@ -102,6 +102,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C."""
+    exit_on_term()
     arguments = build_parser().parse_args(argv)
     try:
         return _run(arguments)

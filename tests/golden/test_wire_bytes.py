@@ -273,6 +273,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             stage=2,
             pid=42,
             host="h",
+            machine="m",
             device="cuda:0",
             device_name="H100",
             card="GPU-1",
@@ -286,6 +287,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "stage": 2,
             "pid": 42,
             "host": "h",
+            "machine": "m",
             "device": "cuda:0",
             "device_name": "H100",
             "card": "GPU-1",
@@ -435,8 +437,8 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         {"epoch": 1, "address": "tcp://b:5", "public_key": "k", "link": "gloo"},
     ),
     (
-        m.HostLink(epoch=1, wanted="auto", host="a", device="cuda:0", card="GPU-1", offered=(LinkKind.ZMQ, LinkKind.NCCL)),
-        {"epoch": 1, "wanted": "auto", "host": "a", "device": "cuda:0", "card": "GPU-1", "offered": ["zmq", "nccl"]},
+        m.HostLink(epoch=1, wanted="auto", machine="a", device="cuda:0", card="GPU-1", offered=(LinkKind.ZMQ, LinkKind.NCCL)),
+        {"epoch": 1, "wanted": "auto", "machine": "a", "device": "cuda:0", "card": "GPU-1", "offered": ["zmq", "nccl"]},
     ),
     (
         m.LinkHosted(offer=m.LinkOffer(kind=LinkKind.NCCL, host_ip="10.0.0.7", port=41, epoch=1, token="t" * 32)),

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import logging
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 from asyncpipe.actors import ActorSystem
 from asyncpipe.errors import AsyncPipeError, Invalid
-from asyncpipe.process import die_with_parent, run
+from asyncpipe.machine import machine_id
+from asyncpipe.process import die_with_parent, exit_on_term, run
 from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe.transport.keys import Keys, load_keys
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `asyncpipe-worker`; returns the exit status."""
     die_with_parent()
+    exit_on_term()
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(
         level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
@@ -130,7 +131,7 @@ async def work(arguments: argparse.Namespace, keys: Keys | None, device: DeviceF
         listen = arguments.listen or await patiently(
             lambda: listening_address(arguments.coordinator, name=system.node), **search
         )
-        seat = StageSeat(host=socket.gethostname(), device=device.device, card=device.card, ip=ip_of(listen))
+        seat = StageSeat(machine=machine_id(), device=device.device, card=device.card, ip=ip_of(listen))
         actor = StageActor(loader=loader, seat=seat, admit=functools.partial(admit_only, keys))
         stage = system.spawn(lambda: actor, name=STAGE_ACTOR)
         membership = Membership(

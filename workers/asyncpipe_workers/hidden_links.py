@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class StageSeat(NamedTuple):
     """Where a stage computes, and the address of the interface that its neighbours reach it by."""
 
-    host: str
+    machine: str
     device: str
     card: str
     ip: str
@@ -62,7 +62,9 @@ class HiddenLinks:
 
         seat = self._seat._replace(device=device)
         offered = tuple(sorted(offered_here()))
-        question = HostLink(epoch=epoch, wanted=wanted, host=seat.host, device=seat.device, card=seat.card, offered=offered)
+        question = HostLink(
+            epoch=epoch, wanted=wanted, machine=seat.machine, device=seat.device, card=seat.card, offered=offered
+        )
         try:
             answer = await following.ask(question, timeout=ASK_TIMEOUT_S)
             if answer.offer is None:
@@ -85,7 +87,7 @@ class HiddenLinks:
         """For the stage before this one."""
         from asyncpipe_workers.links import Seat, choose_link, host, offered_here
 
-        seats = (Seat(question.host, question.device, question.card), Seat(self._seat.host, device, self._seat.card))
+        seats = (Seat(question.machine, question.device, question.card), Seat(self._seat.machine, device, self._seat.card))
         try:
             kind = choose_link(question.wanted, seats=seats, offered=offered_here() & set(question.offered))
         except Invalid as error:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.cores import find_cores
 from asyncpipe.errors import AsyncPipeError, Broken, Closed, Timeout
+from asyncpipe.machine import machine_id
 from asyncpipe.wire.messages import Join
 from asyncpipe_workers.device import DeviceFacts
 from asyncpipe_workers.stage import StageActor
@@ -63,6 +64,7 @@ class Membership:
             stage=self.actor.stage,
             pid=os.getpid(),
             host=socket.gethostname(),
+            machine=machine_id(),
             device=self.device.device,
             device_name=self.device.name,
             card=self.device.card,

@@ -112,7 +112,7 @@ class WorkerPool:
 
     def _plan(self, stage: int, worker: Worker) -> LoadStage:
         config, layers = self.config, self.layers[stage]
-        neighbours = self._num_on_host(worker)
+        neighbours = self._num_on_machine(worker)
         previous = self.workers.get(stage - 1)
         cpus = config.cpus
         return LoadStage(
@@ -144,12 +144,12 @@ class WorkerPool:
 
     def _link_wish(self, worker: Worker, following: Worker | None) -> str:
         """torch encrypts nothing: where there are keys, what leaves a machine travels in messages unless told otherwise."""
-        is_secret = following is not None and bool(following.join.public_key) and following.join.host != worker.join.host
+        is_secret = following is not None and bool(following.join.public_key) and following.join.machine != worker.join.machine
         return LinkKind.ZMQ if self.config.link == "auto" and is_secret else self.config.link_wish
 
-    def _num_on_host(self, worker: Worker) -> int:
+    def _num_on_machine(self, worker: Worker) -> int:
         """Stages on the same machine, itself included."""
-        return sum(other.join.host == worker.join.host for other in self.workers.values())
+        return sum(other.join.machine == worker.join.machine for other in self.workers.values())
 
     def _dtype(self) -> str:
         """`auto` is the checkpoint's own on GPUs; CPUs compute most in float32, and all stages must have the same."""
