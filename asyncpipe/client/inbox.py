@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from asyncpipe.actors import Actor, ActorRef, Down
@@ -65,6 +66,13 @@ class Inbox:
             self._news.set_result(None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """Local: nothing more will come from the coordinator."""
+
+    error: AsyncPipeError
+
+
 class InboxActor(Actor):
     """Receives for all requests of one client. A lost coordinator ends every open request with its error."""
 
@@ -96,15 +104,24 @@ class InboxActor(Actor):
     def forget(self, request_id: str) -> None:
         self._open.pop(request_id, None)
 
-    async def handle(self, message: Updates | Down) -> None:
+    async def handle(self, message: Updates | Down | _Lost) -> None:
         match message:
             case Down():
                 self.lost = from_data(message.error)
-                self._end_all(self.lost)
+                self._end_after_mail(self.lost)
+            case _Lost():
+                self._end_all(message.error)
             case Updates():
                 for update in message.updates:
                     if (inbox := self._open.get(update.request_id)) is not None:
                         inbox.put(from_data(update.error) if isinstance(update, Failed) else update)
+
+    def _end_after_mail(self, error: AsyncPipeError) -> None:
+        """This news came in the control lane: what the coordinator sent before may still wait in the other one."""
+        try:
+            self.ref.tell_nowait(_Lost(error))
+        except Busy:
+            self._end_all(error)
 
     def _end_all(self, error: AsyncPipeError) -> None:
         for inbox in self._open.values():

@@ -72,6 +72,21 @@ def test_stages_are_given_out_when_there_are_enough_workers_and_the_rest_are_spa
     run(scenario())
 
 
+def test_who_was_discarded_comes_after_others_when_it_joins_again() -> None:
+    """It holds the stage's weights still, and was discarded all the same."""
+
+    async def scenario() -> None:
+        source = ExternalWorkers(join_timeout_s=5.0, drop=lambda node, error: None, on_progress=say_nothing)
+        source.on_join(join(1), ref(1))
+        chosen = await source.gather([0])
+        source.discard(chosen[0], Broken("nobody reaches it"))
+        source.on_join(join(2), ref(2))
+        source.on_join(join(1, rank=0, stage=0), ref(1))
+        assert (await source.gather([0]))[0].join.pid == 2
+
+    run(scenario())
+
+
 def test_a_worker_is_described_by_what_people_look_for() -> None:
     one = Join(pid=7, host="box-2", device="cuda:0", device_name="H100", memory_bytes=80 << 30, address="tcp://10.0.0.1:1")
     assert describe(one) == "pid 7 on box-2, cuda:0 (H100), 80.0 GiB"

@@ -134,14 +134,22 @@ class HiddenLinks:
 
     def close(self) -> None:
         """Of this epoch's; what is under way fails."""
+        for link in self._let_go():
+            self._background(link.close(), "close a link")
+
+    async def stop(self) -> None:
+        """For good: the process is about to end, and threads of the links must not outlive it."""
+        await asyncio.gather(*(link.close() for link in self._let_go()))
+
+    def _let_go(self) -> list[TensorLink]:
         incoming, self._incoming = self._incoming, None
         outgoing, self._outgoing = self._outgoing, None
+        links = [outgoing] if outgoing is not None else []
         if incoming is not None:
             if incoming.done() and not incoming.cancelled() and incoming.exception() is None:
-                self._background(incoming.result().close(), "close a link")
+                links.append(incoming.result())
             incoming.cancel()
-        if outgoing is not None:
-            self._background(outgoing.close(), "close a link")
+        return links
 
 
 async def _await_sender(hosting: Hosting, incoming: asyncio.Future[TensorLink]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
-from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, from_data, to_data
+from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, StageLost, from_data, to_data
 from asyncpipe.wire.messages import (
     ClockReading,
     ConnectNext,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 STAGE_ACTOR = "stage"
 SEND_TIMEOUT_S = 60.0
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 MAX_QUEUED_STEPS = 1024  # there are never more than micro-batches
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class StageActor(Actor):
         self.background(self._send_all(), name="send")
 
     async def stopped(self) -> None:
+        await self._links.stop()
         self._compute.close()
         if self._model is not None:
             self._model.close()
@@ -182,14 +183,19 @@ class StageActor(Actor):
     async def _connect_next(self, message: ConnectNext) -> Ready:
         plan = self._loaded_plan()
         if message.address is not None:
-            self._next = await self.system.connect(
-                message.address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S, server_key=message.public_key or None
-            )
+            self._next = await self._reach(message.address, message.public_key or None)
             self.system.monitor(self._next, watcher=self.ref)
             link = await self._links.connect(self._next, wanted=message.link, epoch=plan.epoch, device=self._device)
             self._loaded_model().posts_hidden = self._links.sends
             return Ready(stage=plan.stage, link=link)
         return Ready(stage=plan.stage)
+
+    async def _reach(self, address: str, public_key: str | None) -> ActorRef:
+        """Raises StageLost: that the next stage cannot be reached is not this one's failure."""
+        try:
+            return await self.system.connect(address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S, server_key=public_key)
+        except AsyncPipeError as error:
+            raise StageLost(f"stage {self._loaded_plan().stage} cannot reach it: {error}") from None
 
     @property
     def _device(self) -> str:

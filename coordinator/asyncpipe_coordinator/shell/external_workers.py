@@ -7,6 +7,8 @@ import logging
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import msgspec
+
 from asyncpipe.actors import ActorRef
 from asyncpipe.errors import AsyncPipeError
 from asyncpipe.errors import Timeout as DeadlinePassed
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 
 
+Identity = tuple[str, str, int]
+
+
 class ExternalWorkers:
     """A `WorkerSource`. `drop` ends the links to a node, which makes its worker join anew."""
 
@@ -30,6 +35,7 @@ class ExternalWorkers:
         self._drop = drop
         self._on_progress = on_progress
         self._spares: list[Worker] = []
+        self._discarded: set[Identity] = set()
         self._came = asyncio.Event()
 
     async def gather(self, stages: Collection[int]) -> Mapping[int, Worker]:
@@ -50,9 +56,14 @@ class ExternalWorkers:
         return chosen
 
     def discard(self, worker: Worker, error: AsyncPipeError) -> None:
+        """Others come first when it has joined again."""
+        self._discarded.add(_identity(worker.join))
         self._drop(worker.ref.node, error)
 
     def on_join(self, join: Join, sender: ActorRef) -> None:
+        if _identity(join) in self._discarded:
+            self._discarded.remove(_identity(join))
+            join = msgspec.structs.replace(join, stage=None, rank=None)
         self._spares.append(Worker(join, sender))
         log.info("joined: %s", describe(join))
         self._on_progress(f"{describe(join)} joined", steps=0)
@@ -83,6 +94,11 @@ def match(stages: Collection[int], workers: Sequence[Worker]) -> dict[int, Worke
                 chosen[stage] = worker
     others = iter([worker for worker in workers if worker not in chosen.values()])
     return chosen | {stage: next(others) for stage in stages if stage not in chosen}
+
+
+def _identity(join: Join) -> Identity:
+    """Of a process, also under another link."""
+    return join.machine, join.host, join.pid
 
 
 def join_hint(config: ServiceConfig, address: str, *, with_keys: bool) -> str:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 COUNTERS_TIMEOUT_S = 2.0
 KV_SHARE = 0.5  # of the memory that is free when the layers are loaded, for all stages of one machine together
-CONNECT_TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 60.0  # a worker needs 5 s to find that it cannot reach the next one, and may try a link for 35 s
 
 
 @dataclass(slots=True)
@@ -97,12 +97,22 @@ class WorkerPool:
         errors: list[BaseException] = []
         for stage, result in zip(stages, results, strict=True):
             if isinstance(result, Broken | Closed | Timeout):
-                errors.append(self.lost(stage, result))
-                self.lose([stage], result)
+                # StageLost is a worker's own word, of the one after it, which it cannot reach.
+                missing = self._blamed(stage) if isinstance(result, StageLost) else stage
+                errors.append(self.lost(missing, result))
+                self.lose([missing], result)
             elif isinstance(result, BaseException):
                 errors.insert(0, result)
         if errors:
             raise errors[0]
+
+    def _blamed(self, stage: int) -> int:
+        """Of two neighbours that do not reach each other: the later one, unless the earlier has not reached another either."""
+        worker = self.workers.get(stage)
+        if worker is None or worker.is_doubtful:
+            return stage
+        worker.is_doubtful = True
+        return stage + 1
 
     async def _load(self, stage: int, worker: Worker) -> None:
         worker.report = await worker.ref.ask(self._plan(stage, worker), timeout=self.config.load_timeout_s)
@@ -175,7 +185,7 @@ class WorkerPool:
         ready: Ready = await worker.ref.ask(message, timeout=CONNECT_TIMEOUT_S)
         if ready.stage != stage:
             raise Invalid(f"{self.describe(stage)} answers for stage {ready.stage}")
-        worker.link = ready.link
+        worker.link, worker.is_doubtful = ready.link, False
 
 
 async def _counters(worker: Worker) -> StageCounters | None:

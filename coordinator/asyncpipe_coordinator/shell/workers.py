@@ -22,6 +22,7 @@ class Worker:
     process: ChildProcess | None = None  # when this coordinator has started it
     report: StageReport | None = None
     link: LinkKind = LinkKind.ZMQ  # by which hidden states go to the next stage
+    is_doubtful: bool = False  # it has not reached the one that was the next stage
 
     @property
     def name(self) -> str:
