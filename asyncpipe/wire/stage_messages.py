@@ -245,10 +245,11 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """worker -> coordinator, the answer to `ConnectNext`: how its hidden states travel."""
+    """worker -> coordinator, the answer to `ConnectNext`: how its hidden states travel, and why not as was wanted."""
 
     stage: Count
     link: LinkKind = LinkKind.ZMQ
+    obstacle: Name = ""
 
 
 class ConnectNext(Request[Ready], frozen=True, kw_only=True):

@@ -70,7 +70,7 @@ def test_tokens_over_gloo_equal_hugging_face(checkpoint: Path, dies: bool) -> No
     assert run(scenario(), timeout_s=90) == reference_generate(checkpoint, prompts, max_new_tokens=NUM_TOKENS)
 
 
-def test_what_cannot_be_had_falls_back_to_messages(checkpoint: Path) -> None:
+def test_what_cannot_be_had_falls_back_to_messages(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     prompts = distinct_prompts(2)
 
     async def scenario() -> list[list[int]]:
@@ -80,6 +80,7 @@ def test_what_cannot_be_had_falls_back_to_messages(checkpoint: Path) -> None:
             return await generate_all(client, prompts)
 
     assert run(scenario(), timeout_s=60) == reference_generate(checkpoint, prompts, max_new_tokens=NUM_TOKENS)
+    assert "stage 0 travel in its messages: no nccl link from cpu to cpu" in caplog.text
 
 
 def test_a_link_that_there_is_not_is_a_mistake(checkpoint: Path) -> None:

@@ -431,6 +431,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     ),
     (m.Ready(stage=1), {"stage": 1}),
     (m.Ready(stage=0, link=LinkKind.GLOO), {"stage": 0, "link": "gloo"}),
+    (m.Ready(stage=0, obstacle="no nccl"), {"stage": 0, "obstacle": "no nccl"}),
     (m.ConnectNext(epoch=1, address=None), {"epoch": 1, "address": None}),
     (
         m.ConnectNext(epoch=1, address="tcp://b:5", public_key="k", link="gloo"),

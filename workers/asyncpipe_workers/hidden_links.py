@@ -7,7 +7,6 @@ lives for one epoch. Nothing of this is used, and torch is not imported, where m
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +26,6 @@ JOIN_TIMEOUT_S = 15.0
 MAX_IN_FLIGHT = 1024  # there are never more than micro-batches
 NUM_TAGS = 1 << 30
 
-log = logging.getLogger(__name__)
-
 
 class StageSeat(NamedTuple):
     """Where a stage computes, and the address of the interface that its neighbours reach it by."""
@@ -37,6 +34,13 @@ class StageSeat(NamedTuple):
     device: str
     card: str
     ip: str
+
+
+class Chosen(NamedTuple):
+    """How hidden states travel, and why not as was wanted, if so."""
+
+    link: LinkKind
+    obstacle: str = ""
 
 
 class HiddenLinks:
@@ -54,10 +58,10 @@ class HiddenLinks:
         """Whether hidden states go out over a link."""
         return self._outgoing is not None
 
-    async def connect(self, following: ActorRef, *, wanted: str, epoch: int, device: str) -> LinkKind:
-        """To the stage after this one; what cannot be had is logged, and is ZMQ."""
+    async def connect(self, following: ActorRef, *, wanted: str, epoch: int, device: str) -> Chosen:
+        """To the stage after this one; what cannot be had becomes ZMQ."""
         if wanted == LinkKind.ZMQ:
-            return LinkKind.ZMQ
+            return Chosen(LinkKind.ZMQ)
         from asyncpipe_workers.links import join, offered_here
 
         seat = self._seat._replace(device=device)
@@ -68,9 +72,7 @@ class HiddenLinks:
         try:
             answer = await following.ask(question, timeout=ASK_TIMEOUT_S)
             if answer.offer is None:
-                if answer.obstacle:
-                    log.warning("hidden states travel in the messages: %s", answer.obstacle)
-                return LinkKind.ZMQ
+                return Chosen(LinkKind.ZMQ, answer.obstacle)
             self._outgoing = await join(
                 answer.offer,
                 peer="the next stage",
@@ -79,9 +81,8 @@ class HiddenLinks:
                 max_in_flight=MAX_IN_FLIGHT,
             )
         except AsyncPipeError as error:
-            log.warning("hidden states travel in the messages, for there is no %s link: %s", wanted, error)
-            return LinkKind.ZMQ
-        return answer.offer.kind
+            return Chosen(LinkKind.ZMQ, f"there is no {wanted} link: {error}")
+        return Chosen(answer.offer.kind)
 
     async def host(self, question: HostLink, *, device: str) -> LinkHosted:
         """For the stage before this one."""

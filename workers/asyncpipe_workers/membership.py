@@ -19,6 +19,7 @@ from asyncpipe_workers.device import DeviceFacts
 from asyncpipe_workers.stage import StageActor
 
 JOIN_TIMEOUT_S = 10.0
+LEAST_PATIENCE_S = 1.0
 TRY_AGAIN_S = 0.2  # after a refusal or a loss; an address where nobody answers takes JOIN_TIMEOUT_S by itself
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ class Membership:
             log.warning("the coordinator is lost (%s); looking for it again for %g s", error, self.search_s)
 
     async def _join(self) -> asyncio.Future[AsyncPipeError]:
-        found = await self.system.connect(self.coordinator, actor="coordinator", timeout=JOIN_TIMEOUT_S)
+        patience_s = max(min(self.search_s, JOIN_TIMEOUT_S), LEAST_PATIENCE_S)
+        found = await self.system.connect(self.coordinator, actor="coordinator", timeout=patience_s)
         coordinator = found.as_seen_by(self.stage)
         lost = self.actor.serve(coordinator)
         self.system.monitor(coordinator, watcher=self.stage)

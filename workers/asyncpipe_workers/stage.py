@@ -185,9 +185,9 @@ class StageActor(Actor):
         if message.address is not None:
             self._next = await self._reach(message.address, message.public_key or None)
             self.system.monitor(self._next, watcher=self.ref)
-            link = await self._links.connect(self._next, wanted=message.link, epoch=plan.epoch, device=self._device)
+            chosen = await self._links.connect(self._next, wanted=message.link, epoch=plan.epoch, device=self._device)
             self._loaded_model().posts_hidden = self._links.sends
-            return Ready(stage=plan.stage, link=link)
+            return Ready(stage=plan.stage, link=chosen.link, obstacle=chosen.obstacle)
         return Ready(stage=plan.stage)
 
     async def _reach(self, address: str, public_key: str | None) -> ActorRef:

@@ -185,6 +185,8 @@ class WorkerPool:
         ready: Ready = await worker.ref.ask(message, timeout=CONNECT_TIMEOUT_S)
         if ready.stage != stage:
             raise Invalid(f"{self.describe(stage)} answers for stage {ready.stage}")
+        if ready.obstacle:
+            log.warning("hidden states of stage %d travel in its messages: %s", stage, ready.obstacle)
         worker.link, worker.is_doubtful = ready.link, False
 
 
