@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ import numpy as np
 import uvloop
 import zmq
 import zmq.asyncio
-from tqdm import tqdm
+from report import Once, in_turn
 
 from asyncpipe.actors import Actor, ActorRef, ActorSystem
 from asyncpipe.wire.messages import Message, Request
@@ -38,7 +37,6 @@ SIZES = {"1KB": KB, "64KB": 64 * KB, "1MB": MB, "8MB": 8 * MB, "64MB": 64 * MB}
 BYTES_PER_ROUND = 256 * MB
 TIMEOUT_S = 30.0
 
-Round = Callable[[], Awaitable[float]]
 """One measurement: microseconds, messages/s or bytes/s."""
 
 
@@ -191,10 +189,10 @@ class Gloo:
         self._dist.destroy_process_group()
 
 
-def plan(ours: Ours, raw: RawZmq, gloo: Gloo, *, quick: bool) -> dict[str, dict[str, Round]]:
+def plan(ours: Ours, raw: RawZmq, gloo: Gloo, *, quick: bool) -> dict[str, dict[str, Once]]:
     """For each thing measured, who is measured."""
     asks, tells = (1000, 5000) if quick else (4000, 20_000)
-    rounds: dict[str, dict[str, Round]] = {
+    rounds: dict[str, dict[str, Once]] = {
         "round trip": {"ours": lambda: ours.round_trips(asks), "zmq.asyncio": lambda: raw.round_trips(asks)},
         "tell": {"ours": lambda: ours.tells(tells), "zmq.asyncio": lambda: raw.tells(tells)},
     }
@@ -208,20 +206,6 @@ def plan(ours: Ours, raw: RawZmq, gloo: Gloo, *, quick: bool) -> dict[str, dict[
             "gloo": lambda n=num_bytes, c=count: gloo.transfer(n, c),  # type: ignore[misc]
         }
     return rounds
-
-
-async def measure(rounds: dict[str, dict[str, Round]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Everybody in turn, `repeats` times, after one turn that does not count."""
-    results: dict[str, dict[str, list[float]]] = {what: {who: [] for who in whos} for what, whos in rounds.items()}
-    with tqdm(total=(repeats + 1) * sum(map(len, rounds.values())), unit="round", disable=None) as bar:
-        for what, whos in rounds.items():
-            for repeat in range(repeats + 1):
-                for who, once in whos.items():
-                    value = await once()
-                    if repeat:
-                        results[what][who].append(value)
-                    bar.update()
-    return results
 
 
 def summarize(results: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
@@ -264,7 +248,7 @@ async def run(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         async with ActorSystem("benchmark") as system:
             ours = Ours(await system.spawn_process("actors:Peer", name="peer"))
             rounds = plan(ours, raw, gloo, quick=arguments.quick)
-            results = await measure(rounds, repeats=3 if arguments.quick else 7)
+            results = await in_turn(rounds, repeats=3 if arguments.quick else 7)
         raw.close()
         gloo.close()
         return summarize(results)

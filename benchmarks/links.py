@@ -20,15 +20,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, ClassVar
 
 import msgspec
 import torch
 import uvloop
-from report import print_result
-from tqdm import tqdm
+from report import Once, in_turn, print_result
 
 from asyncpipe.actors import Actor, ActorRef, ActorSystem
 from asyncpipe.transport.base import LinkOptions
@@ -45,7 +44,6 @@ BYTES_PER_ROUND = 512 * MB
 TIMEOUT_S = 30.0
 IP = "127.0.0.1"
 
-Once = Callable[[], Awaitable[float]]
 """One measurement, in microseconds or bytes a second."""
 
 
@@ -177,20 +175,6 @@ def plan(whos: dict[str, OverZmq | OverLink], *, quick: bool) -> dict[str, dict[
     return rounds
 
 
-async def measure(rounds: dict[str, dict[str, Once]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Everybody in turn, `repeats` times, after one turn that does not count."""
-    results: dict[str, dict[str, list[float]]] = {what: {who: [] for who in whos} for what, whos in rounds.items()}
-    with tqdm(total=(repeats + 1) * sum(map(len, rounds.values())), unit="round", disable=None) as bar:
-        for what, whos in rounds.items():
-            for repeat in range(repeats + 1):
-                for who, once in whos.items():
-                    value = await once()
-                    if repeat:
-                        results[what][who].append(value)
-                    bar.update()
-    return results
-
-
 def summarize(results: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """Medians, and of the rounds' ratios the median: how many times as fast as Gloo ZeroMQ is."""
     summary: dict[str, Any] = {"cores": os.cpu_count(), "torch": torch.__version__}
@@ -250,7 +234,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         link = await joining
         await link.send(0, torch.zeros(1, dtype=torch.uint8))
         whos = {"gloo": OverLink(refs["shm"], link), "zmq shm": OverZmq(refs["shm"]), "zmq tcp": OverZmq(refs["tcp"])}
-        results = await measure(plan(whos, quick=arguments.quick), repeats=3 if arguments.quick else 7)
+        results = await in_turn(plan(whos, quick=arguments.quick), repeats=3 if arguments.quick else 7)
         await link.close()
     return summarize(results)
 

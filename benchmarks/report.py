@@ -1,10 +1,28 @@
-"""How a benchmark says what it found."""
+"""How a benchmark takes turns, and says what it found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+
+from tqdm import tqdm
+
+Once = Callable[[], Awaitable[float]]
+
+
+async def in_turn(rounds: Mapping[str, Mapping[str, Once]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """For each thing measured, everybody in turn, `repeats` times, after one turn that does not count."""
+    results: dict[str, dict[str, list[float]]] = {what: {who: [] for who in whos} for what, whos in rounds.items()}
+    with tqdm(total=(repeats + 1) * sum(map(len, rounds.values())), unit="round", disable=None) as bar:
+        for what, whos in rounds.items():
+            for repeat in range(repeats + 1):
+                for who, once in whos.items():
+                    value = await once()
+                    if repeat:
+                        results[what][who].append(value)
+                    bar.update()
+    return results
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from asyncpipe.client.inbox import Event
 from asyncpipe.wire.messages import Accepted, Generate, Piece, PromptScored
+from asyncpipe.wire.seen_scores import SeenScores
 
 
 @dataclass(slots=True)
@@ -17,19 +18,19 @@ class Progress:
     message: Generate
     accepted: Accepted | None = None
     token_ids: list[int] = field(default_factory=list)
-    num_scored: int = 0
-    _num_scored_again: int = 0
+    scores: SeenScores = field(default_factory=SeenScores)
 
     def note(self, event: Accepted | Event) -> Accepted | Event | None:
         """What of `event` is new."""
         match event:
             case Accepted():
                 self.accepted = event
-                self._num_scored_again = 0
+                self.scores.begin_again()  # of a coordinator that begins with the prompt
             case Piece():
                 self.token_ids.append(event.token_id)
             case PromptScored():
-                return self._note_scores(event)
+                unseen = self.scores.unseen(event.logprobs)
+                return msgspec.structs.replace(event, logprobs=unseen) if unseen else None
         return event
 
     def rest(self, *, deadline_s: float) -> Generate:
@@ -44,10 +45,3 @@ class Progress:
             deadline_s=deadline_s,
             generated_token_ids=tuple(self.token_ids),
         )
-
-    def _note_scores(self, event: PromptScored) -> PromptScored | None:
-        """A coordinator that begins again scores the prompt again."""
-        known = min(max(self.num_scored - self._num_scored_again, 0), len(event.logprobs))
-        self._num_scored_again += len(event.logprobs)
-        self.num_scored = max(self.num_scored, self._num_scored_again)
-        return msgspec.structs.replace(event, logprobs=event.logprobs[known:]) if known < len(event.logprobs) else None

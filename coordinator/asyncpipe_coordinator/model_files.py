@@ -52,13 +52,11 @@ class ModelInfo:
         return self.shape.max_context_len
 
 
-def resolve_model(
-    name: str | None, *, dummy: bool = False, weights: str | None = None, with_weights: bool | None = None
-) -> Path:
+def resolve_model(name: str | None, *, dummy: bool = False, weights: str | None = None, with_weights: bool = True) -> Path:
     """A directory for `name`: itself, the bundled model for None, or a hub name's snapshot.
 
     With `weights`, the directory of FlexLLMGen's in there. With `dummy` a known shape is only a name, and a hub name's weights
-    stay where they are; `with_weights` says whether they are wanted otherwise. Raises Invalid.
+    stay where they are, as they do without `with_weights`. Raises Invalid.
     """
     if weights is not None:
         return _numpy_directory(name, weights)
@@ -75,7 +73,7 @@ def resolve_model(
         raise Invalid(f"there is no directory {name}, and it is no known shape: {', '.join(known_names())}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Invalid(f"there is no directory {name} (a hub name looks like facebook/opt-125m)")
-    return download(name, with_weights=not dummy if with_weights is None else with_weights)
+    return download(name, with_weights=with_weights and not dummy)
 
 
 def name_elsewhere(name: str | None) -> str:

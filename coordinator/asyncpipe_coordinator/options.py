@@ -151,10 +151,9 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         raise Invalid(f"--schedule {arguments.schedule}: use one of {', '.join(Schedule)}") from None
     policy, dummy = chosen_policy(arguments), _wants_dummy_weights(arguments)  # mistakes in these come before a download
     workers = getattr(arguments, "workers", "local")
-    weights_are_here = not dummy and workers == "local"
     return ServiceConfig(
         checkpoint=resolve_model(
-            arguments.model, dummy=dummy, weights=None if dummy else arguments.path, with_weights=weights_are_here
+            arguments.model, dummy=dummy, weights=None if dummy else arguments.path, with_weights=workers == "local"
         ),
         model_name=name_elsewhere(arguments.model),
         workers=workers,

@@ -33,13 +33,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("keys") / "asyncpipe-keys"
-    assert coordinator_main(["keygen", str(directory)]) == 0
-    return directory
-
-
-@pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path) -> tuple[int, ...]:
     async def scenario() -> tuple[int, ...]:
         config = ServiceConfig(checkpoint=checkpoint, threads_per_stage=1)

@@ -24,7 +24,6 @@ from asyncpipe.client.sampling import SamplingOptions
 from asyncpipe.process import ChildProcess, die_with_parent
 from asyncpipe.wire.links import LinkKind
 from asyncpipe.wire.messages import Status
-from asyncpipe_coordinator.cli import main as coordinator_main
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
 from tests.checkpoints import distinct_prompts, make_opt
@@ -67,13 +66,6 @@ def network(hosts: Network) -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_opt(tmp_path_factory.mktemp("model"), max_positions=512)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("keys") / "asyncpipe-keys"
-    assert coordinator_main(["keygen", str(directory)]) == 0
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -255,12 +255,12 @@ def test_when_no_other_pipeline_comes_everybody_hears_why() -> None:
 def test_prompt_scores_that_the_client_has_are_not_sent_again() -> None:
     sequence = Sequence(0, 0, submitted("a", prompt_len=5))
     scores = tuple(TokenLogprobs(7, -0.5, rank) for rank in (1, 2, 3, 4))
-    assert sequence.unseen_scores(scores[:2]) == scores[:2]
+    assert sequence.scores.unseen(scores[:2]) == scores[:2]
     sequence.move(SequenceState.PREFILLING)
     sequence.lose_cache(1)
-    assert sequence.unseen_scores(scores[:1]) == ()
-    assert sequence.unseen_scores(scores[1:3]) == scores[2:3]
-    assert sequence.unseen_scores(scores[3:]) == scores[3:]
+    assert sequence.scores.unseen(scores[:1]) == ()
+    assert sequence.scores.unseen(scores[1:3]) == scores[2:3]
+    assert sequence.scores.unseen(scores[3:]) == scores[3:]
 
 
 def test_a_request_goes_on_after_the_tokens_of_a_coordinator_before() -> None:

@@ -256,7 +256,7 @@ class Machine:
         found = (
             (by_number[scored.sequence], scored.logprobs) for scored in tokens.prompt_logprobs if scored.sequence in by_number
         )
-        unseen = [(sequence.request.request_id, sequence.unseen_scores(logprobs)) for sequence, logprobs in found]
+        unseen = [(sequence.request.request_id, sequence.scores.unseen(logprobs)) for sequence, logprobs in found]
         return [EmitPromptLogprobs(request_id, logprobs) for request_id, logprobs in unseen if logprobs]
 
     def _measure(self, answered: InFlight, tokens: Tokens, at_s: float) -> None:

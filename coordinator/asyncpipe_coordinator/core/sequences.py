@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from asyncpipe.wire.messages import Opened, Sampling, Step, TokenLogprobs
+from asyncpipe.wire.messages import Opened, Sampling, Step
+from asyncpipe.wire.seen_scores import SeenScores
 from asyncpipe_coordinator.core.events import Submitted
 
 
@@ -39,8 +40,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values the stages hold once everything in flight is done
     generated: list[int] = field(default_factory=list)
     first_token_at_s: float | None = None
-    num_scored: int = 0  # prompt tokens whose scores the client has
-    num_rescored: int = 0  # of those, how many have been scored again since its KV was lost
+    scores: SeenScores = field(default_factory=SeenScores)  # by the client; they begin again when the KV is lost
     may_end_with: frozenset[int] = frozenset()  # tokens that end it, unless it is too short yet
     most_generated: int = 0  # so many, and it is at its end
 
@@ -84,20 +84,14 @@ class Sequence:
     @property
     def _was_scored(self) -> bool:
         """Each prompt token but the first has a score."""
-        return self.num_scored >= len(self.request.prompt_token_ids) - 1
-
-    def unseen_scores(self, scores: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
-        """Those of the next prompt tokens that the client does not have yet, from now on its own."""
-        known = min(self.num_scored - self.num_rescored, len(scores))
-        self.num_rescored += len(scores)
-        self.num_scored = max(self.num_scored, self.num_rescored)
-        return scores[known:]
+        return self.scores.num_seen >= len(self.request.prompt_token_ids) - 1
 
     def lose_cache(self, new_number: int) -> None:
         """Back to waiting: everything has to be computed again."""
         self.move(SequenceState.WAITING)
         self.number = new_number
-        self.num_computed = self.num_rescored = 0
+        self.num_computed = 0
+        self.scores.begin_again()
 
 
 def _for_stages(sampling: Sampling, *, seed: int, was_scored: bool) -> Sampling:

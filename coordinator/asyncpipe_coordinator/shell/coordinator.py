@@ -68,9 +68,8 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Why the pipeline of `epoch` does not go on, and the stages that need another worker."""
+    """Why the pipeline does not go on, and the stages that need another worker."""
 
-    epoch: int
     stages: tuple[int, ...]
     error: AsyncPipeError
 
@@ -314,7 +313,7 @@ class CoordinatorActor(Actor):
         self._is_up = False
         self._in_flight.clear()
         self._handle(events.PipelineLost())
-        self._on_pipeline_lost(Loss(self._pool.epoch, tuple(stages), error))
+        self._on_pipeline_lost(Loss(tuple(stages), error))
 
     # --- clients ---
 
