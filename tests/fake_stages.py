@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncpipe.wire.messages import Opened, StageTiming, Step, Tokens
@@ -12,30 +14,47 @@ class FakeSequence:
     opened: Opened
     length: int = 0  # tokens computed
     tokens: list[int] = field(default_factory=list)
+    chosen: int | None = None  # the next one, once everything before it is computed
 
     @property
     def is_complete(self) -> bool:
         return self.length == len(self.tokens)
 
 
+def next_token(tokens: list[int]) -> int:
+    """Tells a sequence from all others, and is known to the core's client too: from the tokens before it alone."""
+    return 10 + (sum(tokens) * 31 + len(tokens)) % 1000
+
+
 class FakeStages:
     """`take` each step in the order of issue; it raises AssertionError for a delta that a stage could not apply."""
 
-    def __init__(self, *, num_stages: int, num_blocks: int, block_tokens: int, max_members: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_stages: int,
+        num_blocks: int,
+        block_tokens: int,
+        max_members: int,
+        choose: Callable[[list[int]], int] = next_token,
+    ) -> None:
         self._num_stages = num_stages
         self._num_blocks = num_blocks
         self._block_tokens = block_tokens
         self._max_members = max_members
+        self._choose = choose
         self.sequences: dict[int, FakeSequence] = {}
         self.micro_batches: dict[int, list[int]] = {}
-        self.in_flight: dict[int, tuple[Step, list[int]]] = {}  # by micro-batch, with the sequences that are sampled
+        self.in_flight: dict[int, deque[tuple[Step, tuple[int, ...]]]] = {}  # by micro-batch: steps and the tokens they bring
+        self.num_ahead = 0  # steps that were taken before the tokens of those before them were given
 
     @property
     def num_blocks_used(self) -> int:
         return sum(-(-sequence.length // self._block_tokens) for sequence in self.sequences.values())
 
     def take(self, step: Step) -> None:
-        assert step.micro_batch not in self.in_flight, "a micro-batch is in two places"
+        before = self.in_flight.setdefault(step.micro_batch, deque())
+        assert len(before) < (2 if self._num_stages == 1 else 1), "a micro-batch is in too many places"
         delta, members = step.delta, self.micro_batches.setdefault(step.micro_batch, [])
         for number in delta.left:
             del self.sequences[number]
@@ -48,10 +67,7 @@ class FakeStages:
             assert all(number not in others for others in self.micro_batches.values())
             assert self.sequences[number].is_complete
             members.append(number)
-        assert len(delta.token_ids) == len(members), "a token for each member"
-        for number, token_id in zip(members, delta.token_ids, strict=True):
-            self.sequences[number].tokens.append(token_id)
-            self.sequences[number].length += 1
+        self._continue([self.sequences[number] for number in members], step)
         for opened in delta.opened:
             assert opened.sequence not in self.sequences
             self.sequences[opened.sequence] = FakeSequence(opened, tokens=list(opened.token_ids))
@@ -63,26 +79,36 @@ class FakeStages:
                 members.append(chunk.sequence)
         assert len(members) <= self._max_members
         assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
-        self.in_flight[step.micro_batch] = (step, list(members))
+        self.num_ahead += bool(before)
+        before.append((step, self._sampled([self.sequences[number] for number in members])))
 
-    def answer(self, micro_batch: int, token_ids: list[int] | None = None, *, compute_us: int = 1000) -> Tokens:
-        """The tokens of the step in flight; without `token_ids` each sequence's next token tells it from all others."""
-        step, sampled = self.in_flight.pop(micro_batch)
-        if token_ids is None:
-            token_ids = [self.next_token(number) for number in sampled]
+    def _continue(self, members: list[FakeSequence], step: Step) -> None:
+        chosen = [sequence.chosen for sequence in members]
+        if step.delta.num_fed_back:
+            assert self._num_stages == 1, "only a stage that is the whole pipeline knows what was chosen"
+            assert step.delta.num_fed_back == len(members), "each member goes on"
+        else:
+            assert list(step.delta.token_ids) == chosen, "a token for each member, and the one that was chosen"
+        for sequence, token_id in zip(members, chosen, strict=True):
+            assert token_id is not None
+            sequence.tokens.append(token_id)
+            sequence.length += 1
+
+    def _sampled(self, members: list[FakeSequence]) -> tuple[int, ...]:
+        chosen = tuple(self._choose(sequence.tokens) for sequence in members)
+        for sequence, token_id in zip(members, chosen, strict=True):
+            sequence.chosen = token_id
+        return chosen
+
+    def answer(self, micro_batch: int, *, compute_us: int = 1000) -> Tokens:
+        """The tokens of the micro-batch's first step in flight."""
+        step, token_ids = self.in_flight[micro_batch].popleft()
+        if not self.in_flight[micro_batch]:
+            del self.in_flight[micro_batch]
         return Tokens(
             epoch=step.epoch,
             micro_batch=micro_batch,
             step=step.step,
-            token_ids=tuple(token_ids),
+            token_ids=token_ids,
             timings=(StageTiming(0, compute_us),) * self._num_stages,
         )
-
-    def next_token(self, number: int) -> int:
-        """Known to the core's client too: from the tokens before it alone."""
-        sequence = self.sequences.get(number)
-        return next_token(sequence.tokens) if sequence is not None else 0
-
-
-def next_token(tokens: list[int]) -> int:
-    return 10 + (sum(tokens) * 31 + len(tokens)) % 1000

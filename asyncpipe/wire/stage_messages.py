@@ -60,14 +60,17 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `left` sequences are forgotten, wherever they are. `parted` leave the micro-batch but keep their KV. `adopted`, parted from
     another one before, are appended. Then every member gets one token of `token_ids`, in order (stages after the first only
-    need the number). `opened` begin; `chunks` are computed after the members' tokens; a sequence whose last chunk this is
-    becomes a member. `padding` rows follow that belong to nobody (static batching pays for its padding).
+    need the number). A step that is issued before the tokens of the last one are known has `num_fed_back` in their place: so
+    many members go on with what this same stage has chosen for them, being the whole pipeline. `opened` begin; `chunks` are
+    computed after the members' tokens; a sequence whose last chunk this is becomes a member. `padding` rows follow that belong
+    to nobody (static batching pays for its padding).
     """
 
     left: SequenceNumbers = ()
     parted: SequenceNumbers = ()
     adopted: SequenceNumbers = ()
     token_ids: StepTokenIds = ()
+    num_fed_back: Annotated[int, Meta(ge=0, le=MAX_SEQUENCES_PER_STEP)] = 0
     opened: Annotated[tuple[Opened, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
     chunks: Annotated[tuple[Chunk, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
     padding: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
@@ -75,7 +78,12 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def num_rows(self) -> int:
         """Tokens to compute, padding included."""
-        return len(self.token_ids) + sum(chunk.count for chunk in self.chunks) + self.padding
+        return self.num_continuing + sum(chunk.count for chunk in self.chunks) + self.padding
+
+    @property
+    def num_continuing(self) -> int:
+        """Members that go on by a token each."""
+        return len(self.token_ids) + self.num_fed_back
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True):

@@ -224,6 +224,7 @@ PLAIN_DELTA = {
     "chunks": [[11, 2]],
     "padding": 6,
 }
+AHEAD = m.Delta(num_fed_back=2)
 SPAN = m.Span(kind=1, micro_batch=2, step=3, start_ns=-4, duration_ns=5, num_rows=6)
 
 GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
@@ -454,6 +455,10 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"token_ids": [8, 50_000]}},
     ),
     (
+        m.Step(epoch=1, micro_batch=2, step=3, delta=AHEAD),
+        {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"num_fed_back": 2}},
+    ),
+    (
         m.Step(epoch=1, micro_batch=2, step=3, delta=DELTA, timings=(TIMING,), hidden=HIDDEN),
         {
             "epoch": 1,
@@ -491,7 +496,7 @@ def test_every_message_type_has_a_golden_example() -> None:
 
 
 def test_every_field_of_a_message_has_a_golden_example() -> None:
-    examples = [*GOLDEN, (SAMPLING, PLAIN_SAMPLING), (DELTA, PLAIN_DELTA)]
+    examples = [*GOLDEN, (SAMPLING, PLAIN_SAMPLING), (DELTA, PLAIN_DELTA), (AHEAD, {"num_fed_back": 2})]
     shown = {(type(struct), name) for struct, plain in examples for name in plain}
     assert shown == {(type(struct), name) for struct, _ in examples for name in struct.__struct_fields__}
 

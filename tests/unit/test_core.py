@@ -15,7 +15,7 @@ from asyncpipe_coordinator.core.partition import LayerRange, split_layers
 from asyncpipe_coordinator.core.sequences import Sequence, SequenceState
 
 EOS = 2
-TIMINGS = (StageTiming(0, 1000), StageTiming(0, 1000))
+TIMING = StageTiming(0, 1000)
 
 
 def machine(*, kv_blocks: int = 1000, **changes: object) -> Machine:
@@ -63,7 +63,8 @@ def tokens_of(done: list[commands.Command]) -> list[tuple[str, int, int]]:
 
 
 def answer(core: Machine, step: Step, *token_ids: int) -> list[commands.Command]:
-    tokens = Tokens(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step, token_ids=token_ids, timings=TIMINGS)
+    timings = (TIMING,) * core.limits.num_stages
+    tokens = Tokens(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step, token_ids=token_ids, timings=timings)
     return core.handle(events.TokensArrived(tokens=tokens, at_s=1.0))
 
 
@@ -284,6 +285,80 @@ def test_a_prompt_longer_than_the_kv_memory_is_refused_even_when_it_came_early()
     (refused,) = core.handle(events.PipelineReady(epoch=1, kv_blocks=10, at_s=0.0))
     assert isinstance(refused, commands.FailRequest)
     assert "KV memory takes 1 to 39 tokens" in refused.error.message
+
+
+# --- one stage, whose next step is issued ahead ---
+
+
+def one_stage_after_a_token(**options: object) -> tuple[Machine, list[Step]]:
+    """A turn through the coordinator takes a hundred times as long as a step. With the steps in flight."""
+    core = machine(num_stages=1, num_micro_batches=1, **options)
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=4)))
+    return core, steps(answer(core, step, 21))
+
+
+def test_one_stage_goes_on_with_its_own_tokens_while_they_travel() -> None:
+    core, (known, ahead) = one_stage_after_a_token()
+    assert (known.delta.token_ids, known.delta.num_fed_back) == ((21,), 0)
+    assert (ahead.delta.token_ids, ahead.delta.num_fed_back, ahead.step) == ((), 1, known.step + 1)
+    done = answer(core, known, 22)
+    assert tokens_of(done) == [("a", 1, 22)]
+    (next_ahead,) = steps(done)
+    assert (next_ahead.delta.num_fed_back, next_ahead.step) == (1, ahead.step + 1)
+    core.check()
+
+
+def test_no_step_is_issued_for_a_sequence_whose_last_token_is_on_its_way() -> None:
+    core, (known, ahead) = one_stage_after_a_token()
+    (last,) = steps(answer(core, known, 22))
+    (leaving,) = steps(answer(core, ahead, 23))
+    assert (leaving.delta.left, leaving.delta.num_rows) == ((0,), 0)
+    assert core.statistics().used_blocks == 0
+    core.check()
+    (token, finished) = answer(core, last, 24)
+    assert tokens_of([token]) == [("a", 3, 24)]
+    assert isinstance(finished, commands.FinishRequest)
+    assert answer(core, leaving) == []
+
+
+def test_what_is_computed_ahead_for_a_sequence_that_has_ended_is_dropped() -> None:
+    core, (known, ahead) = one_stage_after_a_token()
+    done = answer(core, known, EOS)
+    assert [c.finish_reason for c in done if isinstance(c, commands.FinishRequest)] == [FinishReason.STOP]
+    (leaving,) = steps(done)
+    assert leaving.delta.left == (0,)
+    assert answer(core, ahead, 23) == []
+    assert answer(core, leaving) == []
+
+
+def test_a_newcomers_prompt_goes_with_the_step_after_the_one_ahead() -> None:
+    core, (known, _) = one_stage_after_a_token()
+    assert core.handle(submitted("b")) == []
+    (step,) = steps(answer(core, known, 22))
+    assert (step.delta.num_fed_back, len(step.delta.opened)) == (1, 1)
+
+
+def test_a_lost_stages_tokens_ahead_are_computed_again() -> None:
+    core, (known, ahead) = one_stage_after_a_token()
+    answer(core, known, 22)
+    core.handle(events.PipelineLost())
+    assert answer(core, ahead, 23) == []
+    first, *_ = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
+    assert first.delta.opened[0].token_ids == (5, 5, 5, 21, 22)
+    assert tokens_of(answer(core, first, 23)) == [("a", 2, 23)]
+
+
+@pytest.mark.parametrize("options", [{"kv_blocks": 1, "max_context_len": 8}, {"schedule": Schedule.STATIC}])
+def test_no_step_is_issued_ahead_without_memory_or_in_static_batches(options: dict[str, object]) -> None:
+    _, in_flight = one_stage_after_a_token(**options)
+    assert len(in_flight) <= 1
+
+
+def test_no_step_is_issued_ahead_where_it_would_gain_next_to_nothing() -> None:
+    core = machine(num_stages=1, num_micro_batches=1)
+    (step,) = steps(core.handle(submitted("a")))
+    tokens = Tokens(epoch=1, micro_batch=0, step=step.step, token_ids=(21,), timings=(StageTiming(0, 990_000),))
+    assert len(steps(core.handle(events.TokensArrived(tokens=tokens, at_s=1.0)))) == 1
 
 
 def test_a_barrier_holds_micro_batches_until_all_are_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,37 @@ def test_seeded_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     alone = run(0)
     assert alone == run(3)
     assert len(set(alone)) > 2
+
+
+def test_a_stage_that_is_the_whole_pipeline_goes_on_with_its_own_tokens(tmp_path: Path) -> None:
+    """Greedy and drawn, for members that stay, move and join: as when it is told which they were."""
+    path = make_opt(tmp_path)
+    drawing = opened(1, [7, 8, 9], temperature=1.0, seed=3)
+    results = []
+    for is_told in (True, False):
+        chain = Chain(load_chain(path, (4,)))
+
+        def going_on(
+            tokens: tuple[int, ...], *, chain: Chain = chain, is_told: bool = is_told, micro_batch: int = 0, **changes: Any
+        ) -> tuple[int, ...]:
+            continuing = {"token_ids": tokens} if is_told else {"num_fed_back": len(tokens)}
+            return chain(Delta(**continuing, **changes), micro_batch=micro_batch)
+
+        first = chain(joining(opened(0, [5, 6]), drawing))
+        second = going_on(first)
+        third = going_on(second, opened=(opened(2, [10]),), chunks=(Chunk(2, 1),))
+        alone = going_on(third[1:], parted=(0,))
+        moved = going_on(third[:1], micro_batch=1, adopted=(0,))
+        results.append((first, second, third, alone, moved))
+    assert results[0] == results[1]
+    assert [len(tokens) for tokens in results[0]] == [2, 2, 3, 2, 1]
+
+
+def test_a_stage_that_did_not_choose_the_tokens_refuses_to_go_on_with_them(tmp_path: Path) -> None:
+    chain = Chain(load_chain(make_opt(tmp_path), (2, 2)))
+    chain(joining(opened(0, [5, 6])))
+    with pytest.raises(Invalid, match="not chosen here"):
+        chain(Delta(num_fed_back=1))
 
 
 def test_a_delta_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class SimulatedStage:
             return 0.0
         simulation = self._simulation
         num_prompt = sum(chunk.count for chunk in delta.chunks)
-        tokens_us = num_prompt * simulation.prefill_us_per_token + len(delta.token_ids) * simulation.decode_us_per_token
+        tokens_us = num_prompt * simulation.prefill_us_per_token + delta.num_continuing * simulation.decode_us_per_token
         seconds = self._num_layers * (simulation.layer_ms / 1e3 + tokens_us / 1e6)
         return max(seconds * self._random.gauss(1.0, simulation.jitter), 0.0) if simulation.jitter else seconds
 
@@ -98,9 +98,10 @@ class SimulatedStage:
         for number in delta.parted:
             members.remove(self._known(number))
         members += [self._known(number) for number in delta.adopted]
-        if len(delta.token_ids) != len(members):
-            raise Invalid(f"{len(delta.token_ids)} tokens for the {len(members)} sequences of the micro-batch")
-        for member, token_id in zip(members, delta.token_ids, strict=True):
+        if delta.num_continuing != len(members):
+            raise Invalid(f"{delta.num_continuing} tokens for the {len(members)} sequences of the micro-batch")
+        token_ids = [member.next_token() for member in members] if delta.num_fed_back else delta.token_ids
+        for member, token_id in zip(members, token_ids, strict=True):
             member.push(token_id)
         for opened in delta.opened:
             self._sequences[opened.sequence] = _Sequence(opened)

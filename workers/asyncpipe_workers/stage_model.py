@@ -128,6 +128,8 @@ class StageModel:
         layout, logits_RV = result.work.layout, result.output
         num_sampled = len(layout.sampled)
         sampled = sample(logits_RV[:num_sampled], [member.sampler for member in layout.sampled])
+        for member, token_id in zip(layout.sampled, sampled.token_ids, strict=True):
+            member.chosen = token_id
         return StageOutput(
             token_ids=sampled.token_ids,
             logprobs=sampled.logprobs,

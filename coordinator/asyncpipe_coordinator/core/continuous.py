@@ -29,6 +29,7 @@ class Composition:
     opened: list[Opened] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     token_ids: tuple[int, ...] = ()
+    num_fed_back: int = 0
     padding: int = 0
 
     def delta(self, books: Books) -> Delta:
@@ -38,6 +39,7 @@ class Composition:
             parted=tuple(sequence.number for sequence in self.parted),
             adopted=tuple(sequence.number for sequence in self.adopted),
             token_ids=self.token_ids,
+            num_fed_back=self.num_fed_back,
             opened=tuple(self.opened),
             chunks=tuple(self.chunks),
             padding=self.padding,
@@ -45,8 +47,12 @@ class Composition:
 
 
 def compose(books: Books, micro_batch: MicroBatch) -> Delta:
-    """Change `micro_batch` and the books for its next step, and describe the change. Its members rest when this is called."""
+    """Change `micro_batch` and the books for its next step, and describe the change.
+
+    Its members rest when this is called, or the step is issued ahead, and there is room (`Books.has_room_ahead`).
+    """
     step = Composition()
+    _dismiss(books, micro_batch)
     _part(books, micro_batch, step)
     _adopt(books, micro_batch, step)
     grow(books, micro_batch)
@@ -63,7 +69,10 @@ def compose(books: Books, micro_batch: MicroBatch) -> Delta:
 
 def decode(micro_batch: MicroBatch, step: Composition) -> None:
     """Every member goes on by one token."""
-    step.token_ids = tuple(member.last_token for member in micro_batch.members)
+    if any(member.num_coming for member in micro_batch.members):
+        step.num_fed_back = len(micro_batch.members)
+    else:
+        step.token_ids = tuple(member.last_token for member in micro_batch.members)
     for member in micro_batch.members:
         member.num_computed += 1
 
@@ -75,9 +84,14 @@ def grow(books: Books, micro_batch: MicroBatch) -> None:
     least a token; and a sequence alone always fits.
     """
     block_tokens = books.limits.kv_block_tokens
-    for member in [member for member in micro_batch.members if (member.length - 1) % block_tokens == 0]:
-        while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.length):
+    for member in [member for member in micro_batch.members if member.num_computed % block_tokens == 0]:
+        while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.num_computed + 1):
             books.preempt(min(micro_batch.members, key=lambda m: (m.request.priority, -m.arrival)))
+
+
+def _dismiss(books: Books, micro_batch: MicroBatch) -> None:
+    for member in [member for member in micro_batch.members if member.is_ending]:
+        books.dismiss(member)
 
 
 def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:

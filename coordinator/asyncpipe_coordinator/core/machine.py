@@ -1,7 +1,9 @@
 """The scheduling core: events in, commands out, nothing else.
 
 M micro-batches are in the pipeline at once, with no barrier between them: the moment one's tokens have come back it is issued
-again, with whoever joined or left meanwhile. The machine neither waits nor looks at a clock; it is told.
+again, with whoever joined or left meanwhile. Where one stage is the whole pipeline and one micro-batch is enough, its next step
+is issued ahead: the stage knows the tokens first, and need not wait for them to come here and go back. The machine neither
+waits nor looks at a clock; it is told.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from asyncpipe_coordinator.core.tuning import Tuner
 RETUNE_STEPS = 16  # steps between two looks at the number of micro-batches
 RECENT_ENDS = 32  # ended requests from which the hint of Busy is taken
 RETRY_HINT_S = 1.0  # before any has ended
+AHEAD_WORTH = 0.03  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +234,7 @@ class Machine:
         for sequence, token_id, scores in zip(answered.sampled, tokens.token_ids, logprobs, strict=True):
             if sequence.state is SequenceState.DONE:
                 continue
+            sequence.num_coming -= 1
             emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
             sequence.generated.append(token_id)
             self._generated_tokens += 1
@@ -296,15 +300,25 @@ class Machine:
         """
         if self._epoch is None:
             return []
-        idle = [batch for batch in self._books.micro_batches if batch.in_flight is None]
+        idle = [batch for batch in self._books.micro_batches if not batch.in_flight]
         if self.limits.schedule is Schedule.BARRIER and len(idle) < len(self._books.micro_batches):
             return []
         commands: list[Command] = []
         for micro_batch in sorted(idle, key=self._turn):
             commands += self._issue(self._epoch, micro_batch, at_s)
+        if self._may_issue_ahead():
+            commands += self._issue(self._epoch, self._books.micro_batches[0], at_s)
         if not any(batch.in_flight for batch in self._books.micro_batches):
             self.meter.emptied()
         return commands
+
+    def _may_issue_ahead(self) -> bool:
+        limits, books = self.limits, self._books
+        if limits.num_stages > 1 or limits.schedule is not Schedule.CONTINUOUS or books.num_open > 1:
+            return False
+        micro_batch = books.micro_batches[0]
+        is_worth_it = self.tuner.overhead_share >= AHEAD_WORTH
+        return is_worth_it and len(micro_batch.in_flight) == 1 and books.has_room_ahead(micro_batch)
 
     def _turn(self, micro_batch: MicroBatch) -> tuple[int, int]:
         is_spare, num_members = self._books.is_spare(micro_batch), len(micro_batch.members)
@@ -316,7 +330,9 @@ class Machine:
             return []
         step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
         micro_batch.next_step += 1
-        micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
+        micro_batch.in_flight.append(InFlight(step, tuple(micro_batch.members), at_s))
+        for member in micro_batch.members:
+            member.num_coming += 1
         self.meter.issued(at_s)
         return [IssueStep(step)]
 
@@ -326,11 +342,17 @@ class Machine:
         """Raises AssertionError when the machine's own books do not agree."""
         books = self._books
         books.check()
-        places = [*books.waiting, *books.prefilling, *books.parked, *(m for b in books.micro_batches for m in b.members)]
+        places = [
+            *books.waiting,
+            *books.prefilling,
+            *books.parked,
+            *books.ending,
+            *(m for b in books.micro_batches for m in b.members),
+        ]
         _assert(
             set(map(id, places)) == set(map(id, self._open.values())), "an open request is nowhere, or an ended one somewhere"
         )
-        resting = [batch for batch in books.micro_batches if batch.in_flight is None]
+        resting = [batch for batch in books.micro_batches if not batch.in_flight]
         if self._epoch is not None and self.limits.schedule is not Schedule.BARRIER:
             _assert(not any(batch.members for batch in resting), "a micro-batch with members rests")
         if self._epoch is not None and len(resting) == len(books.micro_batches):
@@ -338,15 +360,15 @@ class Machine:
 
 
 def _answered(micro_batch: MicroBatch | None, tokens: Tokens) -> InFlight:
-    """The step that `tokens` answers; its micro-batch rests again. Raises WireError."""
+    """The step that `tokens` answers, now no longer in flight. Raises WireError."""
     if micro_batch is None:
         raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
-    answered = micro_batch.in_flight
+    answered = micro_batch.in_flight[0] if micro_batch.in_flight else None
     if answered is None or answered.step.step != tokens.step:
         raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
     if len(tokens.token_ids) != len(answered.sampled) or len(tokens.logprobs) not in (0, len(answered.sampled)):
         raise WireError(f"{len(tokens.token_ids)} tokens for {len(answered.sampled)} sequences")
-    micro_batch.in_flight = None
+    micro_batch.in_flight.popleft()
     return answered
 
 

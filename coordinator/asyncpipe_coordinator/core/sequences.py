@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,14 +18,16 @@ class SequenceState(enum.Enum):
     PREFILLING = "prefilling"  # it owns blocks; chunks of its tokens travel in steps of any micro-batch
     RUNNING = "running"  # a member of a micro-batch, one token a step
     PARKED = "parked"  # between two micro-batches, with its KV
+    ENDING = "ending"  # its last tokens are on their way; the stages forget it then
     DONE = "done"
 
 
 _LEGAL_MOVES = {
     SequenceState.WAITING: {SequenceState.PREFILLING, SequenceState.DONE},
     SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
-    SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.WAITING, SequenceState.DONE},
+    SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.ENDING, SequenceState.WAITING, SequenceState.DONE},
     SequenceState.PARKED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
+    SequenceState.ENDING: {SequenceState.WAITING, SequenceState.DONE},
     SequenceState.DONE: set[SequenceState](),
 }
 
@@ -39,6 +42,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0  # tokens whose keys and values the stages hold once everything in flight is done
     generated: list[int] = field(default_factory=list)
+    num_coming: int = 0  # tokens that steps in flight will bring
     first_token_at_s: float | None = None
     scores: SeenScores = field(default_factory=SeenScores)  # by the client; they begin again when the KV is lost
     may_end_with: frozenset[int] = frozenset()  # tokens that end it, unless it is too short yet
@@ -72,6 +76,11 @@ class Sequence:
     def last_token(self) -> int:
         return self.generated[-1]
 
+    @property
+    def is_ending(self) -> bool:
+        """Whatever its tokens will be: with those that are on their way it has all that it may have."""
+        return len(self.generated) + self.num_coming >= self.most_generated
+
     def opened(self) -> Opened:
         request = self.request
         return Opened(
@@ -90,7 +99,7 @@ class Sequence:
         """Back to waiting: everything has to be computed again."""
         self.move(SequenceState.WAITING)
         self.number = new_number
-        self.num_computed = 0
+        self.num_computed = self.num_coming = 0
         self.scores.begin_again()
 
 
@@ -119,10 +128,14 @@ class InFlight:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Sequences in the order in which every stage keeps them. At most one step of it is in the pipeline at a time."""
+    """Sequences in the order in which every stage keeps them.
+
+    At most one step of it is in the pipeline at a time, or two where the second was issued ahead: before the tokens of the
+    first were known.
+    """
 
     index: int
     members: list[Sequence] = field(default_factory=list)
-    in_flight: InFlight | None = None
+    in_flight: deque[InFlight] = field(default_factory=deque)
     next_step: int = 0
     num_started: int = 0  # static batching: how many sequences the batch began with

@@ -16,6 +16,7 @@ from asyncpipe.wire.messages import StageTiming
 FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
 SLACK = 1.5  # overheads vary; plan for more than the mean
+CLOCK_S = 1e-6  # what stages measure with
 EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
 
 
@@ -36,9 +37,13 @@ class _Line:
         self.xx = self.xx * FORGET + x * x
         self.xy = self.xy * FORGET + x * y
 
+    @property
+    def mean(self) -> float:
+        return self.y / self.weight
+
     def at(self, x: float) -> float:
         """The estimate at `x`, never falling with x, never below a tenth of the mean."""
-        mean_x, mean_y = self.x / self.weight, self.y / self.weight
+        mean_x, mean_y = self.x / self.weight, self.mean
         spread = self.xx / self.weight - mean_x**2
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.25 else 0.0
         return max(mean_y + max(slope, 0.0) * (x - mean_x), mean_y / 10)
@@ -68,6 +73,12 @@ class Tuner:
         return self._overhead.at(0.0) if self._stages else 0.0
 
     @property
+    def overhead_share(self) -> float:
+        """Of a step that waits for nobody: the part in which no stage computes. 0 before anything was measured."""
+        total_s = self.overhead_s + sum(line.mean for line in self._stages)
+        return self.overhead_s / total_s if total_s else 0.0
+
+    @property
     def round_trip_s(self) -> float:
         return self._round_trip.at(0.0) if self._stages else 0.0
 
@@ -77,12 +88,13 @@ class Tuner:
         fewest = min(self.num_stages, most)
         if not self._stages:
             return fewest
+        overhead_s = self.overhead_s if self.num_stages > 1 else 0.0  # one stage's steps are issued ahead
         chosen, best = fewest, 0.0
         for count in range(fewest, most + 1):
             batch = min(max_sequences, num_sequences / count)
             times_s = [line.at(batch) for line in self._stages]
-            slowest_s, through_s = count * max(times_s), sum(times_s) + SLACK * self.overhead_s
-            throughput = count * batch / max(slowest_s, through_s)
+            slowest_s, through_s = count * max(times_s), sum(times_s) + SLACK * overhead_s
+            throughput = count * batch / max(slowest_s, through_s, CLOCK_S)
             if throughput > best * (1 + WORTH):
                 chosen, best = count, throughput
             if slowest_s >= through_s:

@@ -112,7 +112,7 @@ class CoordinatorActor(Actor):
         self._pool: WorkerPool | None = None
         self._is_up = False
         self._num_epochs = 0
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight: dict[tuple[int, int], InFlight] = {}  # by micro-batch and step
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
 
     # --- for the service, on the same loop ---
@@ -222,9 +222,9 @@ class CoordinatorActor(Actor):
     def _on_tokens(self, tokens: Tokens) -> None:
         if not self._is_from(self._num_stages - 1):
             return
-        sent = self._in_flight.get(tokens.micro_batch)
-        if sent is not None and sent.step.epoch == tokens.epoch and sent.step.step == tokens.step:
-            del self._in_flight[tokens.micro_batch]
+        sent = self._in_flight.get((tokens.micro_batch, tokens.step))
+        if sent is not None and sent.step.epoch == tokens.epoch:
+            del self._in_flight[tokens.micro_batch, tokens.step]
         try:
             self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
         except WireError as error:
@@ -352,7 +352,7 @@ class CoordinatorActor(Actor):
     def _issue(self, step: Step) -> None:
         assert self._pool is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
         first = self._pool.first
-        self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
+        self._in_flight[step.micro_batch, step.step] = InFlight(step, time.monotonic())
         try:
             # There are more credits than micro-batches, so this is never Busy.
             first.tell_nowait(step)
