@@ -1,4 +1,4 @@
-"""A chunk's attention: every way of computing it gives what the definition gives."""
+"""Attention of chunks, and of several sequences' newest tokens: every way of computing it gives what the definition gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from asyncpipe_workers import attention
-from asyncpipe_workers.attention import PLAIN, AttentionForm, KeysValues, attend_chunk
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk
+from asyncpipe_workers.layout import Row, StepLayout
+from asyncpipe_workers.memory import kv as kv_memory
+from asyncpipe_workers.memory.kv import ArenaKV, KVCache, KVShape, PagedKV
 
 HEAD_SIZE = 16
 
@@ -51,3 +54,76 @@ def test_every_way_gives_what_the_definition_gives(form: AttentionForm, total: i
     kv_GCK = KeysValues(keys, values)
     found = attend_chunk(qkv[:, :4], kv_GCK, form)
     torch.testing.assert_close(found, by_definition(qkv[:, :4], kv_GCK, form), rtol=1e-5, atol=1e-5)
+
+
+# --- newest tokens of several sequences ---
+
+
+def attended_rows(cache: KVCache, kept: list[KeysValues], q_NHK: torch.Tensor, form: AttentionForm) -> torch.Tensor:
+    """The newest token of each of `kept`, (C, G, K) each, whose other tokens are written first; in slots 0, 1 and so on."""
+    rows = [Row(cache.open(), len(kv.keys_GCK)) for kv in kept]
+    for row in rows:
+        cache.reserve(row.slot, row.length)
+    for row, kv in zip(rows, kept, strict=True):
+        before = KeysValues(*(each[: row.length - 1] for each in kv))
+        cache.write_span(0, row.slot, 0, before)  # type: ignore[attr-defined]
+    newest = KeysValues(*(torch.stack(each) for each in zip(*((keys[-1], values[-1]) for keys, values in kept), strict=True)))
+    layout = StepLayout([0] * len(rows), torch.tensor([row.length - 1 for row in rows]), rows, [], 0)
+    return cache.attend(0, QKV(q_NHK, *newest), layout, form)
+
+
+@pytest.mark.parametrize("is_gathered", [True, False])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(9,), (20, 20, 20), (5, 21, 1, 13)], ids=str)
+@pytest.mark.parametrize(
+    "form", [PLAIN, AttentionForm(window=7), AttentionForm(softcap=2.0), AttentionForm(window=3, softcap=0.5)], ids=str
+)
+def test_rows_of_several_sequences_give_what_the_definition_gives(
+    form: AttentionForm, lengths: tuple[int, ...], groups: int, is_gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one group, however their lengths differ, and twice in a step, as two layers do."""
+    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: is_gathered)
+    generator = torch.Generator().manual_seed(0)
+    shape = KVShape(
+        num_layers=2,
+        num_heads=groups,
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+        max_context_len=64,
+        max_sequences=8,
+        block_tokens=16,
+    )
+    kept = [KeysValues(*(torch.randn(n, groups, HEAD_SIZE, generator=generator) for _ in range(2))) for n in lengths]
+    q_NHK = torch.randn(len(lengths), 4, HEAD_SIZE, generator=generator)
+    expected = torch.cat(
+        [
+            by_definition(q_NHK[row : row + 1], KeysValues(*(each.transpose(0, 1) for each in kv)), form)
+            for row, kv in enumerate(kept)
+        ]
+    )
+    for cache in (ArenaKV(shape, num_blocks=24), PagedKV(shape, num_blocks=24, device=torch.device("cpu"))):
+        for _ in range(2):
+            found = attended_rows(cache, kept, q_NHK, form)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_different_windows_in_one_step_do_not_share_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: True)
+    shape = KVShape(
+        num_layers=2,
+        num_heads=1,
+        head_size=HEAD_SIZE,
+        dtype=torch.float32,
+        max_context_len=64,
+        max_sequences=2,
+        block_tokens=16,
+    )
+    cache, newest = ArenaKV(shape, num_blocks=8), torch.ones(2, 1, HEAD_SIZE)
+    rows = [Row(cache.open(), length) for length in (2, 4)]
+    for row in rows:
+        cache.reserve(row.slot, row.length)
+        cache.write_span(0, row.slot, 0, KeysValues(*(torch.zeros(row.length - 1, 1, HEAD_SIZE) for _ in range(2))))
+    layout = StepLayout([0, 0], torch.tensor([1, 3]), rows, [], 0)
+    for form, seen in ((PLAIN, (2, 4)), (AttentionForm(window=3), (2, 3)), (AttentionForm(window=4), (2, 4))):
+        found = cache.attend(0, QKV(torch.zeros(2, 1, HEAD_SIZE), newest, newest), layout, form)
+        torch.testing.assert_close(found[:, 0, 0], torch.tensor([1 / seen[0], 1 / seen[1]]))

@@ -70,6 +70,10 @@ class ReadableCache(Protocol):
         """(S, G, C, K) each, of neighbouring slots; to be used before the next write."""
         ...
 
+    def attend_rows(self, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        """(N, H, K): attention of the group's newest tokens, which have been written."""
+        ...
+
 
 def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form: AttentionForm) -> torch.Tensor:
     """(T, H, K). The rows' keys and values are written to `cache`."""
@@ -77,13 +81,18 @@ def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form:
     if layout.rows:
         for group in groups_of(layout, form.window, cache.most_padding):
             cache.write_rows(layer, group, KeysValues(qkv.k_TGK[group.rows], qkv.v_TGK[group.rows]))
-            keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
-            out_THK[group.rows] = attend_rows(qkv.q_THK[group.rows], keys, values, group.mask_N11C, form.softcap)
+            out_THK[group.rows] = cache.attend_rows(layer, group, qkv.q_THK[group.rows], form.softcap)
     for span in layout.spans:
         _attend_span(qkv, out_THK, span, cache, layer, form)
     if layout.padding:
         out_THK[len(out_THK) - layout.padding :] = 0
     return out_THK
+
+
+def attend_group(cache: ReadableCache, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`ReadableCache.attend_rows` where the cache knows nothing better than `attend_rows`."""
+    keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
+    return attend_rows(q_NHK, keys, values, group.mask_N11C, softcap)
 
 
 def attend_rows(
@@ -102,12 +111,17 @@ def attend_rows(
         return out.reshape(q_NHK.shape)
     # On CPUs two products are quicker than the fused kernel, which is made for many queries.
     scores_NGRC = _scores(q_NGRK * (1 / math.sqrt(size)), keys_NGCK).float()
+    weights_NGRC = attention_weights(scores_NGRC, mask_N11C, softcap).to(values_NGCK.dtype)
+    return torch.matmul(weights_NGRC, values_NGCK).reshape(q_NHK.shape)
+
+
+def attention_weights(scores_NGRC: torch.Tensor, mask_N11C: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+    """Of float32 scores, which may be overwritten, but only with numbers."""
     if softcap is not None:
         scores_NGRC = scores_NGRC.div_(softcap).tanh_().mul_(softcap)
     if mask_N11C is not None:
-        scores_NGRC += mask_N11C
-    weights_NGRC = torch.softmax(scores_NGRC, dim=-1).to(values_NGCK.dtype)
-    return torch.matmul(weights_NGRC, values_NGCK).reshape(q_NHK.shape)
+        scores_NGRC = scores_NGRC + mask_N11C
+    return torch.softmax(scores_NGRC, dim=-1)
 
 
 def _scores(q_NGRK: torch.Tensor, keys_NGCK: torch.Tensor) -> torch.Tensor:
