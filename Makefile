@@ -19,7 +19,7 @@ test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
 test-docker: $(STAMP)  ## build the images and run them, on a Docker engine of its own if none runs here
-	@sh tests/docker/install.sh
+	@sh tests/install.sh docker
 	@$(BIN)/python -m pytest -m docker tests/docker --durations=0
 
 setup: $(STAMP)  ## only set up

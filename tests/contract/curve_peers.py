@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
 from asyncpipe.transport.base import LinkOptions
+from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.keys import KeyPair, Keys
-from tests.contract.transport_peers import OPTIONS
+from tests.contract.transport_peers import HEADER, OPTIONS
 
 LOCALHOST = "127.0.0.1"
 READ_BYTES = 65_536
 LAST_WORDS_S = 5.0
 CURVE_OPTIONS = replace(OPTIONS, shared_memory=False, handshake_s=20)
+
+CURVE_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+NOISE = hashlib.shake_256(b"noise").digest(4096)
+GARBAGE = {
+    "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10,
+    "noise": NOISE,
+    "zeros": bytes(4096),
+    "a greeting and noise": CURVE_GREETING + b"\x04\xc8" + NOISE,
+    "a greeting and a false hello": CURVE_GREETING + b"\x04\xc8\x05HELLO\x01\x00" + NOISE[:192],
+    "a greeting and data": CURVE_GREETING + b"\x00\x05" + HEADER.pack(Kind.HELLO, 0),
+}
 
 COORDINATOR, WORKER, CLIENT_PAIR, STRANGER = (KeyPair.new() for _ in range(4))
 

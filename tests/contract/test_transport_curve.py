@@ -31,7 +31,9 @@ from asyncpipe.wire.handshake import Hello, encode_hello
 from tests.contract.curve_peers import (
     CLIENT_PAIR,
     COORDINATOR,
+    CURVE_GREETING,
     CURVE_OPTIONS,
+    GARBAGE,
     LOCALHOST,
     STRANGER,
     WORKER,
@@ -180,18 +182,6 @@ async def with_what_another_said(address: str) -> None:
         await link.send([b"once is enough"], timeout_s=5)
         await link.close()
     await say_raw(address, bytes(recording.sent))
-
-
-CURVE_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
-NOISE = hashlib.shake_256(b"noise").digest(4096)
-GARBAGE = {
-    "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10,
-    "noise": NOISE,
-    "zeros": bytes(4096),
-    "a greeting and noise": CURVE_GREETING + b"\x04\xc8" + NOISE,
-    "a greeting and a false hello": CURVE_GREETING + b"\x04\xc8\x05HELLO\x01\x00" + NOISE[:192],
-    "a greeting and data": CURVE_GREETING + b"\x00\x05" + HEADER.pack(Kind.HELLO, 0),
-}
 
 
 def saying(garbage: bytes) -> Callable[[str], Awaitable[None]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-NEEDED = ("docker", "dockerd", "containerd", "mmdebstrap", "iptables", "ip")  # tests/docker/install.sh installs them
+NEEDED = ("docker", "dockerd", "containerd", "mmdebstrap", "iptables", "ip")  # tests/install.sh installs them
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")

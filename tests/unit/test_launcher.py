@@ -12,12 +12,15 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_MCA_orte_hnp_uri": "1234.0;tcp://10.0.0.1,10.1.0.1:4567",
+    "PMIX_SERVER_URI2": "1234.1;tcp4://127.0.0.1:9876",  # of the rank's own machine, for processes there
 }
+OPEN_MPI_4 = OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1234.0;tcp://10.0.0.1,10.1.0.1:4567;tcp6://[fd00::1]:4568"}
+OPEN_MPI_5 = OPEN_MPI | {"PMIX_NAMESPACE": "prterun-gpu-1-4567@1"}
 
 
 @pytest.mark.parametrize(
-    ("env", "head"), [(TORCHRUN, "gpu1"), (SLURM, "gpu07"), (OPEN_MPI, "10.0.0.1"), (SLURM | TORCHRUN, "gpu1")]
+    ("env", "head"),
+    [(TORCHRUN, "gpu1"), (SLURM, "gpu07"), (OPEN_MPI_4, "10.0.0.1"), (OPEN_MPI_5, "gpu-1"), (SLURM | TORCHRUN, "gpu1")],
 )
 def test_each_launcher_gives_a_rank_and_a_head(env: dict[str, str], head: str) -> None:
     place = find_place(env)
@@ -31,6 +34,10 @@ def test_without_a_launcher_nothing_is_known() -> None:
     assert coordinator_address(Place(), {}) is None
 
 
+def test_a_launcher_that_does_not_tell_where_rank_0_is_gives_no_address() -> None:
+    assert coordinator_address(find_place(OPEN_MPI), {}) is None
+
+
 def test_a_rank_that_is_no_number_is_a_mistake() -> None:
     with pytest.raises(Invalid, match="RANK=first"):
         find_place({"RANK": "first"})
@@ -41,7 +48,12 @@ def test_a_rank_that_is_no_number_is_a_mistake() -> None:
     [("cuda", 3, "cuda:3"), ("cuda", None, "cuda:0"), ("cuda:1", 3, "cuda:1"), ("cpu", 3, "cpu")],
 )
 def test_cuda_without_a_number_is_the_local_ranks_card(device: str, local_rank: int | None, expected: str) -> None:
-    assert device_of(device, Place(local_rank=local_rank)) == expected
+    assert device_of(device, Place(local_rank=local_rank), {}) == expected
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", "cuda:3"), ("2", "cuda:0"), ("4,5,6,7", "cuda:3"), ("0,1", "cuda:1")])
+def test_a_process_takes_one_of_the_cards_that_its_launcher_lets_it_see(visible: str, expected: str) -> None:
+    assert device_of("cuda", Place(local_rank=3), {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def fill_in(arguments: argparse.Namespace, env: Mapping[str, str]) -> None:
     place = find_place(env)
     arguments.coordinator = arguments.coordinator or coordinator_address(place, env)
     arguments.rank = place.rank if arguments.rank is None else arguments.rank
-    arguments.device = device_of(arguments.device, place)
+    arguments.device = device_of(arguments.device, place, env)
 
 
 async def work(arguments: argparse.Namespace, keys: Keys | None, device: DeviceFacts) -> int:

@@ -39,9 +39,13 @@ def coordinator_address(place: Place, env: Mapping[str, str]) -> str | None:
     return f"tcp://{place.head}:{env.get(PORT_VARIABLE, DEFAULT_PORT)}" if place.head else None
 
 
-def device_of(device: str, place: Place) -> str:
-    """`cuda` without a number is the card of the local rank."""
-    return f"cuda:{place.local_rank or 0}" if device == "cuda" else device
+def device_of(device: str, place: Place, env: Mapping[str, str]) -> str:
+    """`cuda` without a number is the card of the local rank, among those that the process may see: where the launcher gives
+    each one a card of its own, that is the first."""
+    if device != "cuda":
+        return device
+    local_rank, visible = place.local_rank or 0, env.get("CUDA_VISIBLE_DEVICES")
+    return f"cuda:{local_rank % len(visible.split(',')) if visible else local_rank}"
 
 
 def first_host(hosts: str) -> str:
@@ -57,11 +61,11 @@ def _slurm_head(env: Mapping[str, str]) -> str | None:
 
 
 def _open_mpi_head(env: Mapping[str, str]) -> str | None:
-    """mpirun's own machine, where rank 0 is unless it was told otherwise: "1234.0;tcp://10.0.0.1,10.1.0.1:4567"."""
-    uri = next(
-        (env[name] for name in ("OMPI_MCA_orte_hnp_uri", "PRTE_MCA_prte_hnp_uri", "PMIX_SERVER_URI2") if name in env), ""
-    )
-    found = re.search(r"tcp4?://([^,:;/]+)", uri)
+    """mpirun's own machine, where rank 0 is unless it was told otherwise. Open MPI 4 tells its addresses:
+    "1234.0;tcp://10.0.0.1,10.1.0.1:4567"; 5 tells only its name, within that of the job: "prterun-gpu1-4567@1"."""
+    address = re.search(r"tcp://([^,:;/]+)", env.get("OMPI_MCA_orte_hnp_uri", ""))
+    name = re.match(r"prte(?:run)?-(.+)-\d+@", env.get("PMIX_NAMESPACE", ""))
+    found = address or name
     return found[1] if found else None
 
 
