@@ -15,24 +15,22 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import random
 import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import uvloop
 from report import print_result
+from served import served
 from tqdm import tqdm
 
-from asyncpipe import AsyncPipeError, Client, connect
+from asyncpipe import AsyncPipeError, Client
 
-START_TIMEOUT_S = 120.0
 RECOVERY_TIMEOUT_S = 60.0
 POLL_S = 0.01
 STREAMS = 8
@@ -104,23 +102,11 @@ def stream(client: Client, request: Request) -> Any:
     )
 
 
-@contextlib.asynccontextmanager
-async def serving(arguments: argparse.Namespace) -> AsyncIterator[Client]:
-    command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", *([arguments.model] if arguments.model else [])]
-    command += ["--stages", str(arguments.stages), "--spares", str(arguments.spares), "--device", arguments.device]
-    command += ["--max-restarts", "1000000", "--threads-per-stage", "1", "--log-level", "error"]
-    command += ["--bind", "tcp://127.0.0.1:0", "--json"]
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=None if arguments.verbose else asyncio.subprocess.DEVNULL
-    )
-    try:
-        assert process.stdout is not None
-        address = json.loads(await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S))["address"]
-        async with connect(address) as client:
-            yield client
-    finally:
-        process.terminate()
-        await process.wait()
+def serving(arguments: argparse.Namespace) -> contextlib.AbstractAsyncContextManager[tuple[Client, int]]:
+    options = [arguments.model] if arguments.model else []
+    options += ["--stages", str(arguments.stages), "--spares", str(arguments.spares), "--device", arguments.device]
+    options += ["--max-restarts", "1000000", "--threads-per-stage", "1", "--log-level", "error"]
+    return served(*options, quiet=not arguments.verbose)
 
 
 async def undisturbed(client: Client) -> dict[Request, tuple[int, ...]]:
@@ -154,7 +140,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(arguments.seed)
     num_faults = arguments.faults or (10 if arguments.quick else 200)
     recovery_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    async with serving(arguments) as client:
+    async with serving(arguments) as (client, _):
         load = Load(client, await undisturbed(client))
         streams = [asyncio.ensure_future(load.run(worker)) for worker in range(STREAMS)]
         for _ in tqdm(range(num_faults), desc="faults", file=sys.stderr, disable=arguments.json or None):

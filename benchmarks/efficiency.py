@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import uvloop
 from report import print_result
+from served import served
 
-from asyncpipe import Client, connect
+from asyncpipe import Client
 from asyncpipe.wire.messages import Status
 from asyncpipe_coordinator.core.limits import Schedule
 
@@ -35,8 +33,7 @@ SETTLED_AFTER = 5  # equal readings
 NEW_TOKENS = 4000  # more than the window takes
 
 
-@asynccontextmanager
-async def serving(arguments: argparse.Namespace) -> AsyncIterator[tuple[Client, int]]:
+def serving(arguments: argparse.Namespace) -> AbstractAsyncContextManager[tuple[Client, int]]:
     """A coordinator process with its workers: a client of it, and its pid. Layers take a tenth of a stage's time, so that an
     uneven pipeline is an uneven split."""
     split = [round(10 * (UNEVEN if arguments.uneven and stage % 2 else 1)) for stage in range(arguments.stages)]
@@ -48,16 +45,7 @@ async def serving(arguments: argparse.Namespace) -> AsyncIterator[tuple[Client, 
     flags += ["--max-sequences", str(arguments.sequences), "--schedule", arguments.schedule]
     if arguments.micro_batches:
         flags += ["--micro-batches", str(arguments.micro_batches)]
-    command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", "--bind", "tcp://127.0.0.1:0", "--json", *flags]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        address = json.loads(await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S))["address"]
-        async with connect(address) as client:
-            yield client, process.pid
-    finally:
-        process.terminate()
-        await process.wait()
+    return served(*flags)
 
 
 async def decode(client: Client, count: int, new_tokens: int) -> None:

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from asyncpipe.wire.messages import Sampling
-from asyncpipe_workers.sampling import LIKELY, Sampled, Sampler, sample, score
+from asyncpipe_workers.sampling import LIKELY, Sampled, Sampler, sample, score, uniforms_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,12 +32,16 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 class SteeredSampler(Sampler):
-    """Draws with `uniform`, if there is one, rather than with a number from its seed."""
+    """Knows between whom it was last decided; with `uniform`, that decides between the likely tokens and the others."""
 
     uniform: float | None = None
 
     def _uniform(self) -> float:
         return super()._uniform() if self.uniform is None else self.uniform
+
+    def _winner(self, ids_N: torch.Tensor, scaled_N: torch.Tensor) -> int:
+        self.candidates = ids_N, scaled_N
+        return super()._winner(ids_N, scaled_N)
 
 
 def new(
@@ -68,21 +72,31 @@ def hugging_face(logits_V: torch.Tensor, token_ids: Sequence[int], options: dict
     return scores_1V[0].softmax(dim=-1)
 
 
-def shares(sampler: SteeredSampler, logits_V: torch.Tensor, *, num: int = 500) -> torch.Tensor:
-    """Each token's share of `num` draws with evenly spaced uniforms: its probability, give or take 1 / `num`."""
-    counts_V = torch.zeros(len(logits_V), dtype=torch.float64)
-    for index in range(num):
-        sampler.uniform = (index + 0.5) / num
-        counts_V[sampler.choose(logits_V)] += 1
-    return counts_V / num
+def probabilities(sampler: SteeredSampler, logits_V: torch.Tensor) -> torch.Tensor:
+    """Of each token, (V,): the weights that it races with, and how often it may."""
+
+    def candidates(uniform: float) -> tuple[torch.Tensor, torch.Tensor]:
+        sampler.uniform = uniform
+        sampler.choose(logits_V)
+        return sampler.candidates
+
+    (likely, likely_scaled), (others, others_scaled) = candidates(0.0), candidates(ALMOST_ONE)
+    weights_V = torch.zeros(len(logits_V), dtype=torch.float64)
+    weights_V[others], weights_V[likely] = others_scaled.exp(), likely_scaled.exp()
+    probabilities_V = weights_V / weights_V.sum()
+    if not torch.equal(likely, others):
+        assert not set(likely.tolist()) & set(others.tolist())
+        share = float(probabilities_V[likely].sum())
+        assert torch.equal(candidates(share - 1e-9)[0], likely)
+        assert torch.equal(candidates(share + 1e-9)[0], others)
+    sampler.uniform = None
+    return probabilities_V
 
 
-def assert_draws_follow(probabilities_V: torch.Tensor, sampler: SteeredSampler, logits_V: torch.Tensor, num: int = 500) -> None:
-    shares_V = shares(sampler, logits_V, num=num)
-    assert not shares_V[probabilities_V == 0].any(), "a token was drawn that cannot be"
-    assert (shares_V - probabilities_V).abs().max() <= 1.01 / num
-    for sampler.uniform in (0.0, ALMOST_ONE):
-        assert probabilities_V[sampler.choose(logits_V)] > 0
+def assert_draws_follow(expected_V: torch.Tensor, sampler: SteeredSampler, logits_V: torch.Tensor) -> None:
+    found_V = probabilities(sampler, logits_V)
+    assert not found_V[expected_V == 0].any(), "a token may be drawn that cannot be"
+    torch.testing.assert_close(found_V, expected_V.double(), rtol=1e-5, atol=1e-12)
 
 
 def random_options(seed: int) -> dict[str, Any]:
@@ -146,27 +160,52 @@ def test_of_a_large_vocabulary_the_right_tokens_are_kept(scale: float, options: 
     sampler = new(**options)
     if scale <= 1.0 and "top_k" not in options:
         assert (probabilities_V > 0).sum() > LIKELY, "the case is not what it should be"
-    picked = []
-    for sampler.uniform in (0.0, *(index / 23 for index in range(1, 23)), ALMOST_ONE):
-        picked.append(sampler.choose(logits_V))
-    # The likeliest comes first, so every pick's probability is known, to the last one that is kept.
-    sorted_V = probabilities_V.sort(descending=True).values
-    sums_V = sorted_V.cumsum(dim=-1)
-    expected = [sorted_V[0], *(sorted_V[sums_V > index / 23][0] for index in range(1, 23)), sorted_V[sorted_V > 0][-1]]
-    torch.testing.assert_close(probabilities_V[picked], torch.stack(expected), rtol=1e-4, atol=0)
-    assert len(set(picked)) > 3
+    assert_draws_follow(probabilities_V, sampler, logits_V)
 
 
-def test_a_large_vocabulary_without_limits_is_drawn_from_as_a_whole() -> None:
-    logits_V = random_logits(LARGE, seed=6, scale=1.0)
-    sampler = new()
-    picked = []
-    for sampler.uniform in (index / 100 for index in range(100)):
-        picked.append(sampler.choose(logits_V))
-    sums_V = logits_V.double().softmax(dim=-1).cumsum(dim=-1)
-    before_V = torch.cat([torch.zeros(1), sums_V[:-1]])
-    for index, token_id in enumerate(picked):
-        assert before_V[token_id] - 1e-12 <= index / 100 < sums_V[token_id] + 1e-12
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_a_large_vocabulary_without_limits_is_drawn_from_as_a_whole(scale: float) -> None:
+    logits_V = random_logits(LARGE, seed=6, scale=scale)
+    assert_draws_follow(logits_V.double().softmax(dim=-1), new(), logits_V)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(4, 1.0), (SMALL, 2.0), (SMALL, 5.0)])
+def test_tokens_win_as_often_as_they_weigh(size: int, scale: float) -> None:
+    """Pearson's test, over the tokens that are expected often enough for it; the others together are one more."""
+    logits_V, num = random_logits(size, seed=1, scale=scale), 4000
+    expected_V = logits_V.double().softmax(dim=-1) * num
+    counts = Counter(new(seed=seed).choose(logits_V) for seed in range(num))
+    counts_V = torch.tensor([counts[token_id] for token_id in range(size)], dtype=torch.float64)
+    is_rare_V = expected_V < 20
+    expected = torch.cat([expected_V[~is_rare_V], expected_V[is_rare_V].sum()[None]]) + 1e-9
+    found = torch.cat([counts_V[~is_rare_V], counts_V[is_rare_V].sum()[None]])
+    statistic, freedom = float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 4
+
+
+def test_random_numbers_are_even_and_depend_on_every_bit_of_key_and_id() -> None:
+    ids = torch.arange(LARGE)
+    for key in (0, 1, 2**63, 2**64 - 1):
+        numbers = uniforms_of(key, ids)
+        assert 0 < float(numbers.min()) < 1e-3
+        assert 1 - 1e-3 < float(numbers.max()) < 1
+        assert abs(float(numbers.mean()) - 0.5) < 0.005
+        assert abs(float((numbers * numbers.roll(1)).mean()) - 0.25) < 0.005, "neighbours are alike"
+        assert torch.equal(uniforms_of(key, ids[1000:1010]), numbers[1000:1010])
+        for bit in range(64):
+            other = uniforms_of(key ^ (1 << bit), ids)
+            assert abs(float((numbers * other).mean()) - 0.25) < 0.01, f"bit {bit} of the key"
+
+
+def test_rounding_changes_no_draw() -> None:
+    """Logits as different as those of decoding and of computing the same tokens again. By a running sum over the vocabulary
+    some two dozen of these draws would change."""
+    generator, num_changed = torch.Generator().manual_seed(7), 0
+    for number in range(20):
+        logits_V = random_logits(LARGE, seed=number, scale=3.0)
+        rounded_V = logits_V * (1 + 1e-6 * torch.randn(LARGE, generator=generator))
+        num_changed += sum(new(seed=seed).choose(logits_V) != new(seed=seed).choose(rounded_V) for seed in range(100))
+    assert num_changed == 0
 
 
 def changed(logits_V: torch.Tensor, changes: dict[int, float]) -> torch.Tensor:
@@ -209,7 +248,7 @@ def test_logit_bias_is_added_and_unknown_tokens_are_ignored() -> None:
     assert_draws_follow(expected_V, new(logit_bias=bias), logits_V)
     assert new(logit_bias={17: 100.0}, temperature=0.0).choose(logits_V) == 17
     likeliest = int(logits_V.argmax())
-    assert shares(new(logit_bias={likeliest: -100.0}), logits_V)[likeliest] == 0
+    assert probabilities(new(logit_bias={likeliest: -100.0}), logits_V)[likeliest] < 1e-40
 
 
 def test_the_repetition_penalty_comes_before_what_is_added() -> None:
@@ -255,19 +294,16 @@ def test_the_smallest_temperatures_are_greedy(temperature: float, options: dict[
 
 def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
     logits_V = torch.zeros(LARGE)
-    assert set(shares(new(top_k=4), logits_V, num=20).nonzero().flatten().tolist()) == {0, 1, 2, 3}
+    assert probabilities(new(top_k=4), logits_V).nonzero().flatten().tolist() == [0, 1, 2, 3]
     logits_V[1000:2000] = 5.0
-    sampler = new(top_k=10, temperature=0.5)
-    assert shares(sampler, logits_V, num=40).nonzero().flatten().tolist() == list(range(1000, 1010))
+    found_V = probabilities(new(top_k=10, temperature=0.5), logits_V)
+    assert found_V.nonzero().flatten().tolist() == list(range(1000, 1010))
 
 
-def test_a_number_on_a_bound_belongs_to_what_comes_after_it() -> None:
+def test_a_token_that_begins_where_top_p_ends_is_not_kept() -> None:
     logits_V = torch.zeros(4)
-    sampler = new()
-    for sampler.uniform, token_id in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
-        assert sampler.choose(logits_V) == token_id
-    assert shares(new(top_p=0.5), logits_V).tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert shares(new(top_p=0.51), logits_V, num=300).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+    assert probabilities(new(top_p=0.5), logits_V).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert probabilities(new(top_p=0.51), logits_V).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

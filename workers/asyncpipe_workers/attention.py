@@ -53,13 +53,11 @@ class AttentionForm(NamedTuple):
 PLAIN = AttentionForm()
 
 
-class ReadableCache(Protocol):
+class SpanCache(Protocol):
     """Keys and values that are written, and read as one tensor."""
 
-    most_padding: int  # tokens that may be read in vain for each row, if that lets sequences be attended to together
-
-    def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
-        """The new token of each of the group's sequences."""
+    def attend_rows(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
+        """(B, H, K), of the rows that continue a sequence each; their keys and values are written."""
         ...
 
     def write_span(self, layer: int, slot: int, start: int, kv_TGK: KeysValues) -> None:
@@ -70,18 +68,22 @@ class ReadableCache(Protocol):
         """(S, G, C, K) each, of neighbouring slots; to be used before the next write."""
         ...
 
-    def attend_rows(self, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
-        """(N, H, K): attention of the group's newest tokens, which have been written."""
+
+class GroupCache(SpanCache, Protocol):
+    """One that attends to sequences in neighbouring slots together."""
+
+    most_padding: int  # tokens that may be read in vain for each row, if that lets sequences be attended to together
+
+    def write_rows(self, layer: int, group: RowGroup, kv_NGK: KeysValues) -> None:
+        """The new token of each of the group's sequences."""
         ...
 
 
-def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form: AttentionForm) -> torch.Tensor:
+def attend(qkv: QKV, layout: StepLayout, cache: SpanCache, layer: int, form: AttentionForm) -> torch.Tensor:
     """(T, H, K). The rows' keys and values are written to `cache`."""
     out_THK = torch.empty_like(qkv.q_THK)
     if layout.rows:
-        for group in groups_of(layout, form.window, cache.most_padding):
-            cache.write_rows(layer, group, KeysValues(qkv.k_TGK[group.rows], qkv.v_TGK[group.rows]))
-            out_THK[group.rows] = cache.attend_rows(layer, group, qkv.q_THK[group.rows], form.softcap)
+        out_THK[: len(layout.rows)] = cache.attend_rows(layer, qkv, layout, form)
     for span in layout.spans:
         _attend_span(qkv, out_THK, span, cache, layer, form)
     if layout.padding:
@@ -89,10 +91,14 @@ def attend(qkv: QKV, layout: StepLayout, cache: ReadableCache, layer: int, form:
     return out_THK
 
 
-def attend_group(cache: ReadableCache, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`ReadableCache.attend_rows` where the cache knows nothing better than `attend_rows`."""
-    keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
-    return attend_rows(q_NHK, keys, values, group.mask_N11C, softcap)
+def attend_groups(cache: GroupCache, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
+    """`SpanCache.attend_rows`, by products."""
+    out_BHK = torch.empty_like(qkv.q_THK[: len(layout.rows)])
+    for group in groups_of(layout, form.window, cache.most_padding):
+        cache.write_rows(layer, group, KeysValues(qkv.k_TGK[group.rows], qkv.v_TGK[group.rows]))
+        keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
+        out_BHK[group.rows] = attend_rows(qkv.q_THK[group.rows], keys, values, group.mask_N11C, form.softcap)
+    return out_BHK
 
 
 def attend_rows(
@@ -131,7 +137,7 @@ def _scores(q_NGRK: torch.Tensor, keys_NGCK: torch.Tensor) -> torch.Tensor:
     return torch.matmul(q_NGRK, keys_NGCK.transpose(-1, -2))
 
 
-def _attend_span(qkv: QKV, out_THK: torch.Tensor, span: Span, cache: ReadableCache, layer: int, form: AttentionForm) -> None:
+def _attend_span(qkv: QKV, out_THK: torch.Tensor, span: Span, cache: SpanCache, layer: int, form: AttentionForm) -> None:
     rows, slot = slice(span.start, span.end), span.member.slot
     cache.write_span(layer, slot, span.position, KeysValues(qkv.k_TGK[rows], qkv.v_TGK[rows]))
     first = 0 if form.window is None else max(span.position + 1 - form.window, 0)

@@ -1,6 +1,11 @@
 """From logits to tokens. A draw depends on nothing but the sequence's own logits, seed and number of generated tokens.
 
-Shapes: R sequences (rows), V vocabulary.
+Tokens race for a draw: each has a random time of its own, drawn from the seed, the number of tokens before and its id, divided
+by its weight, and the first one wins (the Gumbel-max trick; Gumbel 1954). Rounding differs between a sequence that was decoded
+and the same one computed again, and changes a winner only where two of them are as close as rounding. A running sum of weights,
+in which one random number finds its place, has a bound for every token of the vocabulary, and each of them moves.
+
+Shapes: R sequences (rows), V vocabulary, N tokens that may be drawn.
 """
 
 from __future__ import annotations
@@ -16,6 +21,10 @@ import torch
 from asyncpipe.wire.messages import Alternative, Sampling, TokenLogprobs
 from asyncpipe_workers.indices import indices
 
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
+MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
+LIKELY_ABOVE = -8.0  # the likeliest is at 0; others race among themselves, as often as all of them together are drawn
 LIKELY = 512  # so many of the likeliest tokens are looked at before the whole vocabulary is sorted
 
 
@@ -87,12 +96,28 @@ class Sampler:
 
     def _draw(self, scaled_V: torch.Tensor) -> int:
         """`scaled_V` are (logits - the greatest) / temperature: in this order, no temperature is too small to divide by."""
-        options, uniform = self.sampling, self._uniform()
+        options = self.sampling
         if not options.top_k and options.top_p == 1.0 and options.min_p == 0.0:
-            return _pick(scaled_V.exp(), uniform)
-        weights, order, total = self._likely(scaled_V)
-        keep = (weights.cumsum(dim=-1) - weights < options.top_p * total) & (weights >= options.min_p)
-        return int(order[_pick(weights * keep, uniform)])
+            ids_N = self._tier(scaled_V)
+        else:
+            weights, order, total = self._likely(scaled_V)
+            keep = (weights.cumsum(dim=-1) - weights < options.top_p * total) & (weights >= options.min_p)
+            ids_N = order[keep]
+        return self._winner(ids_N, scaled_V[ids_N])
+
+    def _tier(self, scaled_V: torch.Tensor) -> torch.Tensor:
+        """The likely tokens or all others, each as often as they are drawn: few random numbers are needed then."""
+        weights_V, is_likely_V = scaled_V.exp(), scaled_V >= LIKELY_ABOVE
+        ids_N = is_likely_V.nonzero()[:, 0]
+        if self._uniform() * float(weights_V.sum()) < float(weights_V[ids_N].sum()):
+            return ids_N
+        others_N = (~is_likely_V & (weights_V > 0)).nonzero()[:, 0]
+        return others_N if len(others_N) else ids_N
+
+    def _winner(self, ids_N: torch.Tensor, scaled_N: torch.Tensor) -> int:
+        """Which of these is drawn, in proportion to their exponentials."""
+        uniforms_N = uniforms_of(self._random_bits(b"race"), ids_N)
+        return int(ids_N[(scaled_N - uniforms_N.log_().neg_().log_()).argmax()])
 
     def _likely(self, scaled_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """The likeliest tokens' weights, sorted (the first is 1), their ids, and what all that `top_p` is a part of weigh.
@@ -114,9 +139,13 @@ class Sampler:
         return weights, order, total
 
     def _uniform(self) -> float:
-        """In [0, 1), from the seed and the number of tokens drawn before."""
-        digest = hashlib.blake2b(struct.pack("<QQ", self.sampling.seed or 0, self.num_generated), digest_size=8).digest()
-        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+        """In [0, 1)."""
+        return (self._random_bits(b"tier") >> 11) * 2.0**-53
+
+    def _random_bits(self, purpose: bytes) -> int:
+        """64 of them, from the seed and the number of tokens drawn before."""
+        place = struct.pack("<QQ", self.sampling.seed or 0, self.num_generated)
+        return int.from_bytes(hashlib.blake2b(place, digest_size=8, person=purpose).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +183,27 @@ def score(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> tu
     return tuple(map(TokenLogprobs, token_ids, chosen_R.tolist(), ranks, tops))
 
 
-def _pick(weights: torch.Tensor, uniform: float) -> int:
-    """The index at which the running sum of `weights` passes `uniform` of their total."""
-    cumulative = weights.cumsum(dim=-1)
-    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return min(index, len(weights) - 1)
+def uniforms_of(key: int, ids_N: torch.Tensor) -> torch.Tensor:
+    """(N,) in (0, 1), float64: one for each id, the same whichever others are asked for.
+
+    The key plus the id's multiple of an odd number, mixed as in SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable
+    Pseudorandom Number Generators").
+    """
+    state_N = ids_N * _signed(GOLDEN) + _signed(key)
+    for shift, factor in MIXING:
+        state_N = (state_N ^ _shifted(state_N, shift)) * _signed(factor)
+    state_N = state_N ^ _shifted(state_N, LAST_SHIFT)
+    return (_shifted(state_N, 11).double() + 0.5) * 2.0**-53
+
+
+def _shifted(state_N: torch.Tensor, shift: int) -> torch.Tensor:
+    """To the right; zeros come from the left."""
+    return (state_N >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def _signed(bits: int) -> int:
+    """The same 64 bits as torch's integers count them."""
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 def _greatest(scaled_V: torch.Tensor, num: int) -> torch.Tensor:

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_group, attend_rows, score_bias
-from asyncpipe_workers.gathered import Gathering, gathering_is_quicker
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_groups, attend_rows, score_bias
+from asyncpipe_workers.gathered import GatheredRows, gathering_is_quicker
 from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import FixedRows, RowGroup, StepLayout
 
@@ -126,7 +126,6 @@ class ArenaKV:
         self.num_blocks = num_blocks
         self._warm_blocks = [0] * shape.max_sequences  # that a slot has memory for, in use or not
         self._num_warm = 0
-        self._gatherings: dict[tuple[int, ...], Gathering] = {}  # of this step
         # A head's stretch of memory is whole pages, so that each block's pages are its own.
         granule = PAGE_BYTES // math.gcd(PAGE_BYTES, shape.head_size * shape.dtype.itemsize)
         granules = -(-shape.max_context_len // granule)
@@ -149,7 +148,6 @@ class ArenaKV:
         self._slots.close(slot)
 
     def reserve(self, slot: int, length: int) -> None:
-        self._gatherings.clear()
         self._slots.grow(slot, length)
         more = self._slots.blocks[slot] - self._warm_blocks[slot]
         if more > 0:
@@ -181,17 +179,18 @@ class ArenaKV:
     def read(self, layer: int, slots: slice, places: slice) -> KeysValues:
         return KeysValues(self._keys[layer][slots, :, places], self._values[layer][slots, :, places])
 
-    def attend_rows(self, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
-        keys_SHCK, values_SHCK = self._keys[layer], self._values[layer]
-        (num, num_heads, size), num_groups = q_NHK.shape, keys_SHCK.shape[1]
+    def attend_rows(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
+        keys_SHCK, values_SHCK, count = self._keys[layer], self._values[layer], len(layout.rows)
+        (num_heads, size), num_groups = qkv.q_THK.shape[1:], keys_SHCK.shape[1]
         if keys_SHCK.dtype != torch.float32 or not gathering_is_quicker(shared=num_heads // num_groups, size=size):
-            return attend_group(self, layer, group, q_NHK, softcap)
-        key = (num_heads, group.first_slot, num, group.places.start, group.places.stop)
-        gathering = self._gatherings.get(key)
-        if gathering is None:
-            gathering = self._gatherings[key] = Gathering(group, num_heads=num_heads, shape_SGCK=keys_SHCK.shape)
-        kv_PK = KeysValues(keys_SHCK.view(-1, size), values_SHCK.view(-1, size))
-        return gathering.attend(q_NHK, kv_PK, group.mask_N11C, softcap)
+            return attend_groups(self, layer, qkv, layout, form)
+        gathered = layout.gathered.get(form.window)
+        if gathered is None:
+            gathered = GatheredRows(layout.rows, form.window, num_heads=num_heads, shape_SGCK=keys_SHCK.shape)
+            layout.gathered[form.window] = gathered
+        new = KeysValues(qkv.k_TGK[:count], qkv.v_TGK[:count])
+        cache = KeysValues(keys_SHCK.view(-1, size), values_SHCK.view(-1, size))
+        return gathered.attend(qkv.q_THK[:count], new, cache, form.softcap)
 
     def _new(self, dtype: torch.dtype) -> torch.Tensor:
         num_bytes = self._shape_SHCK[0] * self._slot_bytes
@@ -300,8 +299,8 @@ class PagedKV:
         within = slice(places.start - first * self._block_tokens, places.stop - first * self._block_tokens)
         return KeysValues(*(self._gathered(pools[layer], blocks_SN, within) for pools in (self._keys, self._values)))
 
-    def attend_rows(self, layer: int, group: RowGroup, q_NHK: torch.Tensor, softcap: float | None) -> torch.Tensor:
-        return attend_group(self, layer, group, q_NHK, softcap)
+    def attend_rows(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
+        return attend_groups(self, layer, qkv, layout, form)
 
     def _gathered(self, pool_NHTK: torch.Tensor, blocks_SN: torch.Tensor, within: slice) -> torch.Tensor:
         return pool_NHTK[blocks_SN].transpose(1, 2).flatten(2, 3)[:, :, within]
