@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from asyncpipe_workers import attention
+from asyncpipe_workers import attention, gathered
 from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk
 from asyncpipe_workers.layout import Row, StepLayout
 from asyncpipe_workers.memory import kv as kv_memory
@@ -72,19 +72,8 @@ def attended_rows(cache: KVCache, kept: list[KeysValues], q_NHK: torch.Tensor, f
     return cache.attend(0, QKV(q_NHK, *newest), layout, form)
 
 
-@pytest.mark.parametrize("is_gathered", [True, False])
-@pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [(9,), (20, 20, 20), (5, 21, 1, 13)], ids=str)
-@pytest.mark.parametrize(
-    "form", [PLAIN, AttentionForm(window=7), AttentionForm(softcap=2.0), AttentionForm(window=3, softcap=0.5)], ids=str
-)
-def test_rows_of_several_sequences_give_what_the_definition_gives(
-    form: AttentionForm, lengths: tuple[int, ...], groups: int, is_gathered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one group, however their lengths differ, and twice in a step, as two layers do."""
-    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: is_gathered)
-    generator = torch.Generator().manual_seed(0)
-    shape = KVShape(
+def kv_shape(groups: int) -> KVShape:
+    return KVShape(
         num_layers=2,
         num_heads=groups,
         head_size=HEAD_SIZE,
@@ -93,6 +82,21 @@ def test_rows_of_several_sequences_give_what_the_definition_gives(
         max_sequences=8,
         block_tokens=16,
     )
+
+
+@pytest.mark.parametrize("way", ["products", "gathered at once", "gathered by lengths"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(9,), (20, 20, 20), (5, 21, 1, 13)], ids=str)
+@pytest.mark.parametrize(
+    "form", [PLAIN, AttentionForm(window=7), AttentionForm(softcap=2.0), AttentionForm(window=3, softcap=0.5)], ids=str
+)
+def test_rows_of_several_sequences_give_what_the_definition_gives(
+    form: AttentionForm, lengths: tuple[int, ...], groups: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However their lengths differ, and wherever in the cache they are."""
+    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: way != "products")
+    monkeypatch.setattr(gathered, "MAX_WASTE", 0 if way == "gathered by lengths" else 10_000)
+    generator, shape = torch.Generator().manual_seed(0), kv_shape(groups)
     kept = [KeysValues(*(torch.randn(n, groups, HEAD_SIZE, generator=generator) for _ in range(2))) for n in lengths]
     q_NHK = torch.randn(len(lengths), 4, HEAD_SIZE, generator=generator)
     expected = torch.cat(
@@ -109,16 +113,7 @@ def test_rows_of_several_sequences_give_what_the_definition_gives(
 
 def test_layers_of_different_windows_in_one_step_do_not_share_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: True)
-    shape = KVShape(
-        num_layers=2,
-        num_heads=1,
-        head_size=HEAD_SIZE,
-        dtype=torch.float32,
-        max_context_len=64,
-        max_sequences=2,
-        block_tokens=16,
-    )
-    cache, newest = ArenaKV(shape, num_blocks=8), torch.ones(2, 1, HEAD_SIZE)
+    cache, newest = ArenaKV(kv_shape(1), num_blocks=8), torch.ones(2, 1, HEAD_SIZE)
     rows = [Row(cache.open(), length) for length in (2, 4)]
     for row in rows:
         cache.reserve(row.slot, row.length)
