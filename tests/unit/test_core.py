@@ -354,6 +354,13 @@ def test_no_step_is_issued_ahead_without_memory_or_in_static_batches(options: di
     assert len(in_flight) <= 1
 
 
+def test_no_step_is_issued_ahead_where_computing_leaves_no_core() -> None:
+    core = Machine(machine(num_stages=1, num_micro_batches=1).limits)
+    core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0, leaves_a_core=False))
+    (step,) = steps(core.handle(submitted("a")))
+    assert len(steps(answer(core, step, 21))) == 1
+
+
 def test_no_step_is_issued_ahead_where_it_would_gain_next_to_nothing() -> None:
     core = machine(num_stages=1, num_micro_batches=1)
     (step,) = steps(core.handle(submitted("a")))

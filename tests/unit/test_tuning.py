@@ -46,6 +46,12 @@ def test_when_the_time_is_all_the_sequences_smaller_micro_batches_cost_nothing()
     assert tuner.best(num_sequences=16, max_sequences=32, most=64) > 2
 
 
+def test_steps_that_are_issued_ahead_need_no_second_micro_batch() -> None:
+    tuner = tuned([2.0], overhead_ms=2.0, rows=(4, 8), per_row_ms=0.5)
+    numbers = [tuner.best(num_sequences=8, max_sequences=8, most=8, goes_ahead=ahead) for ahead in (False, True)]
+    assert numbers[0] > numbers[1] == 1
+
+
 def test_before_any_measurement_there_is_one_a_stage_within_the_bound() -> None:
     assert Tuner(4).best(num_sequences=100, max_sequences=8, most=20) == 4
     assert Tuner(4).best(num_sequences=100, max_sequences=8, most=3) == 3

@@ -44,7 +44,7 @@ from asyncpipe_coordinator.core.tuning import Tuner
 RETUNE_STEPS = 16  # steps between two looks at the number of micro-batches
 RECENT_ENDS = 32  # ended requests from which the hint of Busy is taken
 RETRY_HINT_S = 1.0  # before any has ended
-AHEAD_WORTH = 0.03  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
+AHEAD_WORTH = 0.05  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class Machine:
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
         self._gone: ErrorData | None = None
+        self._goes_ahead = False
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
         self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
         self._compose = static.compose if limits.schedule is Schedule.STATIC else continuous.compose
@@ -190,6 +191,8 @@ class Machine:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
         self._epoch, self._gone = event.epoch, None
+        is_continuous = self.limits.schedule is Schedule.CONTINUOUS
+        self._goes_ahead = self.limits.num_stages == 1 and is_continuous and event.leaves_a_core
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -288,7 +291,12 @@ class Machine:
             return limits.num_stages
         num_sequences = books.num_admitted + len(books.waiting)
         most_sequences = limits.max_sequences_per_micro_batch
-        best = self.tuner.best(num_sequences=num_sequences, max_sequences=most_sequences, most=limits.most_micro_batches)
+        best = self.tuner.best(
+            num_sequences=num_sequences,
+            max_sequences=most_sequences,
+            most=limits.most_micro_batches,
+            goes_ahead=self._goes_ahead,
+        )
         return max(best, -(-books.num_admitted // most_sequences))
 
     # --- issuing ---
@@ -313,12 +321,11 @@ class Machine:
         return commands
 
     def _may_issue_ahead(self) -> bool:
-        limits, books = self.limits, self._books
-        if limits.num_stages > 1 or limits.schedule is not Schedule.CONTINUOUS or books.num_open > 1:
+        books = self._books
+        if not self._goes_ahead or books.num_open > 1 or self.tuner.overhead_share < AHEAD_WORTH:
             return False
         micro_batch = books.micro_batches[0]
-        is_worth_it = self.tuner.overhead_share >= AHEAD_WORTH
-        return is_worth_it and len(micro_batch.in_flight) == 1 and books.has_room_ahead(micro_batch)
+        return len(micro_batch.in_flight) == 1 and books.has_room_ahead(micro_batch)
 
     def _turn(self, micro_batch: MicroBatch) -> tuple[int, int]:
         is_spare, num_members = self._books.is_spare(micro_batch), len(micro_batch.members)

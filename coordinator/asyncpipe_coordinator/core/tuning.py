@@ -82,13 +82,13 @@ class Tuner:
     def round_trip_s(self) -> float:
         return self._round_trip.at(0.0) if self._stages else 0.0
 
-    def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
+    def best(self, *, num_sequences: int, max_sequences: int, most: int, goes_ahead: bool = False) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
-        which it is before anything was measured, to `most`."""
+        which it is before anything was measured, to `most`. Steps that are issued ahead need no others to hide links."""
         fewest = min(self.num_stages, most)
         if not self._stages:
             return fewest
-        overhead_s = self.overhead_s if self.num_stages > 1 else 0.0  # one stage's steps are issued ahead
+        overhead_s = 0.0 if goes_ahead else self.overhead_s
         chosen, best = fewest, 0.0
         for count in range(fewest, most + 1):
             batch = min(max_sequences, num_sequences / count)

@@ -253,7 +253,8 @@ class CoordinatorActor(Actor):
         if missing := [stage for stage in range(self._num_stages) if stage not in self._pool.workers]:
             self._lose_pipeline(missing, StageLost(f"stage {missing[0]} was lost while the pipeline was brought up"))
             return
-        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=self._pool.kv_blocks, at_s=time.monotonic()))
+        pool, now_s = self._pool, time.monotonic()
+        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=pool.kv_blocks, at_s=now_s, leaves_a_core=pool.leaves_a_core))
 
     def _on_tick(self) -> None:
         now_s = time.monotonic()
