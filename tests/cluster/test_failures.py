@@ -143,6 +143,11 @@ async def until_running(client: Client, *, restarts: int) -> None:
     raise AssertionError("the pipeline did not come back")
 
 
+def heed_ctrl_c() -> None:
+    """Shells let what they start in the background ignore it, such as a run of these tests, and what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_at_any_moment_leaves_nothing_behind(checkpoint: Path) -> None:
     """From the first import to the last token: 16 moments, spread over the life of the command."""
     generator = random.Random(5)
@@ -156,6 +161,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_behind(checkpoint: Path) -> None:
             env=os.environ | {"ASYNCPIPE_TEST_MARKER": marker},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=heed_ctrl_c,
         )
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
