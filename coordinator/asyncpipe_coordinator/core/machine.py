@@ -44,7 +44,7 @@ from asyncpipe_coordinator.core.tuning import Tuner
 RETUNE_STEPS = 16  # steps between two looks at the number of micro-batches
 RECENT_ENDS = 32  # ended requests from which the hint of Busy is taken
 RETRY_HINT_S = 1.0  # before any has ended
-AHEAD_WORTH = 0.05  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
+AHEAD_WORTH = 0.1  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
 
 
 @dataclass(frozen=True, slots=True)
