@@ -37,8 +37,6 @@ SIZES = {"1KB": KB, "64KB": 64 * KB, "1MB": MB, "8MB": 8 * MB, "64MB": 64 * MB}
 BYTES_PER_ROUND = 256 * MB
 TIMEOUT_S = 30.0
 
-"""One measurement: microseconds, messages/s or bytes/s."""
-
 
 class Pong(Message, frozen=True, kw_only=True):
     value: int
@@ -190,7 +188,7 @@ class Gloo:
 
 
 def plan(ours: Ours, raw: RawZmq, gloo: Gloo, *, quick: bool) -> dict[str, dict[str, Once]]:
-    """For each thing measured, who is measured."""
+    """For each thing measured, who is measured: microseconds, messages/s or bytes/s."""
     asks, tells = (1000, 5000) if quick else (4000, 20_000)
     rounds: dict[str, dict[str, Once]] = {
         "round trip": {"ours": lambda: ours.round_trips(asks), "zmq.asyncio": lambda: raw.round_trips(asks)},

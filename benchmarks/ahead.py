@@ -60,7 +60,7 @@ async def serving(path: Path, *, quantize: str | None, threads: int) -> AsyncIte
 
 @dataclass
 class Way:
-    """To issue steps; `between_ms` of each load but the first."""
+    """To issue steps. `between_ms` is of each load, the first of which does not count."""
 
     share: float
     between_ms: list[float] = field(default_factory=list)

@@ -44,8 +44,6 @@ BYTES_PER_ROUND = 512 * MB
 TIMEOUT_S = 30.0
 IP = "127.0.0.1"
 
-"""One measurement, in microseconds or bytes a second."""
-
 
 class Offered(Message, frozen=True, kw_only=True):
     offer: LinkOffer
@@ -165,7 +163,7 @@ class OverLink:
 
 
 def plan(whos: dict[str, OverZmq | OverLink], *, quick: bool) -> dict[str, dict[str, Once]]:
-    """For each thing measured, who is measured."""
+    """For each thing measured, who is measured: microseconds, or bytes a second."""
     rounds: dict[str, dict[str, Once]] = {}
     for size, num_bytes in SIZES.items():
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 Once = Callable[[], Awaitable[float]]
+"""One measurement, in whatever unit."""
 
 
 async def in_turn(rounds: Mapping[str, Mapping[str, Once]], repeats: int) -> dict[str, dict[str, list[float]]]:

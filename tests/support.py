@@ -1,8 +1,9 @@
-"""What tests share: running a coroutine with a deadline and a leak check."""
+"""What tests share: running a coroutine with a deadline and a leak check, and ending a process."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -23,3 +24,13 @@ def run(coroutine: Coroutine[Any, Any, T], *, timeout_s: float = 20.0) -> T:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(bounded())
+
+
+def end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:
+    """Ask it to end, and kill it where that does not help."""
+    process.terminate()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

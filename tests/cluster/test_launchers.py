@@ -19,7 +19,7 @@ import pytest
 
 from tests.checkpoints import make_opt
 from tests.clusters import Cluster, cluster, free_port, stream, undisturbed_stream, until
-from tests.support import run
+from tests.support import end, run
 
 TIMEOUT_S = 60.0  # it takes less than ten
 STOP_TIMEOUT_S = 10.0
@@ -121,12 +121,7 @@ def daemon(*command: str) -> Iterator[None]:
         try:
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process, timeout_s=STOP_TIMEOUT_S)
             log.seek(0)
             print(*command, *log.read().decode(errors="replace").splitlines()[-20:], sep="\n    ")
 

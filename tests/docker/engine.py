@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support import end
+
 NEEDED = ("docker", "dockerd", "containerd", "mmdebstrap", "iptables", "ip")  # tests/install.sh installs them
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -101,7 +103,7 @@ def own_engine(folder: Path) -> Iterator[str]:
         _until_ready(process, host, log)
         yield host
     finally:
-        _end(process)
+        end(process, timeout_s=STOP_TIMEOUT_S)
         _kill_those_of(folder)
         _unmount_below(folder)
 
@@ -154,15 +156,6 @@ def _until_ready(process: subprocess.Popen[bytes], host: str, log: Path) -> None
             last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
             raise Unavailable(f"a Docker engine does not start here:\n{last_lines}")
         time.sleep(0.2)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _kill_those_of(folder: Path) -> None:

@@ -91,24 +91,21 @@ class Books:
                 self.parked.remove(sequence)
                 self._release(sequence)
             case SequenceState.RUNNING:
-                self.home_of(sequence).members.remove(sequence)
-                self._release(sequence)
+                self._take_out(sequence)
             case SequenceState.ENDING:
                 self.ending.remove(sequence)
         sequence.move(SequenceState.DONE)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits to be computed again, in its old place in the queue."""
-        self.home_of(sequence).members.remove(sequence)
-        self._release(sequence)
+        self._take_out(sequence)
         sequence.lose_cache(self.number())
         self.waiting.push(sequence)
         self.num_preemptions += 1
 
     def dismiss(self, sequence: Sequence) -> None:
         """No further step is for it: its last tokens are on their way, and what follows them finds its blocks free."""
-        self.home_of(sequence).members.remove(sequence)
-        self._release(sequence)
+        self._take_out(sequence)
         sequence.move(SequenceState.ENDING)
         self.ending.append(sequence)
 
@@ -118,6 +115,11 @@ class Books:
 
     def home_of(self, sequence: Sequence) -> MicroBatch:
         return next(micro_batch for micro_batch in self.micro_batches if sequence in micro_batch.members)
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """Of its micro-batch, and its blocks are free."""
+        self.home_of(sequence).members.remove(sequence)
+        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.ledger.free(sequence.number)
