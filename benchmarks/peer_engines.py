@@ -6,11 +6,9 @@ Each engine is a context manager that yields `run(prompts, new_tokens)`; what it
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections import Counter
@@ -34,7 +32,8 @@ Prompts = list[list[int]]
 
 class Timing(NamedTuple):
     """Seconds from the start: to the first token of the last sequence, and to the last token of all; and of a decode step, the
-    median of those in which every sequence took part (an engine may begin to decode some before it has seen all prompts)."""
+    mean of those in which every sequence took part (an engine may begin to decode some before it has seen all prompts, and
+    may send the tokens of some steps together)."""
 
     first_s: float
     total_s: float
@@ -68,9 +67,10 @@ class Arrivals:
 
     def _step_s(self) -> float:
         """A decode step's, until the first sequence ends."""
-        pairs = list(itertools.pairwise(self._reached_s))
-        steps = [after - before for before, after in pairs if before >= self._first_s] or [b - a for a, b in pairs]
-        return statistics.median(steps) if steps else 0.0
+        reached_s = [at_s for at_s in self._reached_s if at_s >= self._first_s]
+        if len(reached_s) < 2:
+            reached_s = self._reached_s
+        return (reached_s[-1] - reached_s[0]) / (len(reached_s) - 1) if len(reached_s) > 1 else 0.0
 
 
 Run = Callable[[Prompts, int], Awaitable[Timing]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,16 +44,15 @@ class FakeStages:
         self._choose = choose
         self.sequences: dict[int, FakeSequence] = {}
         self.micro_batches: dict[int, list[int]] = {}
-        self.in_flight: dict[int, deque[tuple[Step, tuple[int, ...]]]] = {}  # by micro-batch: steps and the tokens they bring
-        self.num_ahead = 0  # steps that were taken before the tokens of those before them were given
+        self.in_flight: dict[int, tuple[Step, tuple[int, ...]]] = {}  # by micro-batch, with the tokens that it brings
+        self.num_at_once = 0  # times that several steps came at once
 
     @property
     def num_blocks_used(self) -> int:
         return sum(-(-sequence.length // self._block_tokens) for sequence in self.sequences.values())
 
     def take(self, step: Step) -> None:
-        before = self.in_flight.setdefault(step.micro_batch, deque())
-        assert len(before) < (2 if self._num_stages == 1 else 1), "a micro-batch is in too many places"
+        assert step.micro_batch not in self.in_flight, "a micro-batch is in two places"
         delta, members = step.delta, self.micro_batches.setdefault(step.micro_batch, [])
         for number in delta.left:
             del self.sequences[number]
@@ -67,7 +65,7 @@ class FakeStages:
             assert all(number not in others for others in self.micro_batches.values())
             assert self.sequences[number].is_complete
             members.append(number)
-        self._continue([self.sequences[number] for number in members], step)
+        self._continue([self.sequences[number] for number in members], delta.token_ids)
         for opened in delta.opened:
             assert opened.sequence not in self.sequences
             self.sequences[opened.sequence] = FakeSequence(opened, tokens=list(opened.token_ids))
@@ -79,32 +77,35 @@ class FakeStages:
                 members.append(chunk.sequence)
         assert len(members) <= self._max_members
         assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
-        self.num_ahead += bool(before)
-        before.append((step, self._sampled([self.sequences[number] for number in members])))
+        self.in_flight[step.micro_batch] = (
+            step,
+            self._sampled([self.sequences[number] for number in members], delta.num_steps),
+        )
 
-    def _continue(self, members: list[FakeSequence], step: Step) -> None:
-        chosen = [sequence.chosen for sequence in members]
-        if step.delta.num_fed_back:
-            assert self._num_stages == 1, "only a stage that is the whole pipeline knows what was chosen"
-            assert step.delta.num_fed_back == len(members), "each member goes on"
-        else:
-            assert list(step.delta.token_ids) == chosen, "a token for each member, and the one that was chosen"
-        for sequence, token_id in zip(members, chosen, strict=True):
-            assert token_id is not None
+    def _continue(self, members: list[FakeSequence], token_ids: tuple[int, ...]) -> None:
+        chosen = tuple(sequence.chosen for sequence in members)
+        assert token_ids == chosen, "a token for each member, and the one that was chosen"
+        for sequence, token_id in zip(members, token_ids, strict=True):
             sequence.tokens.append(token_id)
             sequence.length += 1
+        assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
 
-    def _sampled(self, members: list[FakeSequence]) -> tuple[int, ...]:
-        chosen = tuple(self._choose(sequence.tokens) for sequence in members)
-        for sequence, token_id in zip(members, chosen, strict=True):
-            sequence.chosen = token_id
-        return chosen
+    def _sampled(self, members: list[FakeSequence], num_steps: int) -> tuple[int, ...]:
+        """Of all steps at once, in order."""
+        assert num_steps == 1 or self._num_stages == 1, "only a stage that is the whole pipeline knows what was chosen"
+        self.num_at_once += num_steps > 1
+        sampled: tuple[int, ...] = ()
+        for number in range(num_steps):
+            if number:
+                self._continue(members, sampled[-len(members) :])
+            for sequence in members:
+                sequence.chosen = self._choose(sequence.tokens)
+                sampled += (sequence.chosen,)
+        return sampled
 
     def answer(self, micro_batch: int, *, compute_us: int = 1000) -> Tokens:
-        """The tokens of the micro-batch's first step in flight."""
-        step, token_ids = self.in_flight[micro_batch].popleft()
-        if not self.in_flight[micro_batch]:
-            del self.in_flight[micro_batch]
+        """The tokens of the micro-batch's step in flight."""
+        step, token_ids = self.in_flight.pop(micro_batch)
         return Tokens(
             epoch=step.epoch,
             micro_batch=micro_batch,

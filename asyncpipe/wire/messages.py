@@ -24,7 +24,15 @@ from asyncpipe.wire.client_messages import (
     Updates,
     Usage,
 )
-from asyncpipe.wire.fields import MAX_CONTEXT_TOKENS, MAX_STAGES, Message, Name, Request
+from asyncpipe.wire.fields import (
+    MAX_CONTEXT_TOKENS,
+    MAX_SEQUENCES_PER_STEP,
+    MAX_STAGES,
+    MAX_STEPS_AT_ONCE,
+    Message,
+    Name,
+    Request,
+)
 from asyncpipe.wire.links import HostLink, LinkHosted, LinkOffer, Posted
 from asyncpipe.wire.sampling import Alternative, FinishReason, Sampling, TokenLogprobs
 from asyncpipe.wire.stage_messages import (
@@ -72,7 +80,9 @@ ToStage = LoadStage | ConnectNext | HostLink | GetCounters | GetClock | GetSpans
 
 __all__ = [
     "MAX_CONTEXT_TOKENS",
+    "MAX_SEQUENCES_PER_STEP",
     "MAX_STAGES",
+    "MAX_STEPS_AT_ONCE",
     "Accepted",
     "Alternative",
     "Cancel",

@@ -13,6 +13,7 @@ from asyncpipe.wire.fields import (
     MAX_CONTEXT_TOKENS,
     MAX_SEQUENCES_PER_STEP,
     MAX_STAGES,
+    MAX_STEPS_AT_ONCE,
     Count,
     Message,
     Microseconds,
@@ -60,30 +61,26 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `left` sequences are forgotten, wherever they are. `parted` leave the micro-batch but keep their KV. `adopted`, parted from
     another one before, are appended. Then every member gets one token of `token_ids`, in order (stages after the first only
-    need the number). A step that is issued before the tokens of the last one are known has `num_fed_back` in their place: so
-    many members go on with what this same stage has chosen for them, being the whole pipeline. `opened` begin; `chunks` are
-    computed after the members' tokens; a sequence whose last chunk this is becomes a member. `padding` rows follow that belong
-    to nobody (static batching pays for its padding).
+    need the number). `opened` begin; `chunks` are computed after the members' tokens; a sequence whose last chunk this is
+    becomes a member. `padding` rows follow that belong to nobody (static batching pays for its padding).
+
+    With `num_steps`, a stage that is the whole pipeline lets its members, in further steps, go on with what it has just chosen
+    for them (multi-step decoding).
     """
 
     left: SequenceNumbers = ()
     parted: SequenceNumbers = ()
     adopted: SequenceNumbers = ()
     token_ids: StepTokenIds = ()
-    num_fed_back: Annotated[int, Meta(ge=0, le=MAX_SEQUENCES_PER_STEP)] = 0
     opened: Annotated[tuple[Opened, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
     chunks: Annotated[tuple[Chunk, ...], Meta(max_length=MAX_SEQUENCES_PER_STEP)] = ()
     padding: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
+    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS_AT_ONCE)] = 1
 
     @property
     def num_rows(self) -> int:
-        """Tokens to compute, padding included."""
-        return self.num_continuing + sum(chunk.count for chunk in self.chunks) + self.padding
-
-    @property
-    def num_continuing(self) -> int:
-        """Members that go on by a token each."""
-        return len(self.token_ids) + self.num_fed_back
+        """Tokens to compute, padding included, in the first of its steps."""
+        return len(self.token_ids) + sum(chunk.count for chunk in self.chunks) + self.padding
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True):
@@ -120,7 +117,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order.
+    """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order; with `num_steps` all
+    of the first one's, then all of the second's, and so on.
 
     `logprobs` is empty when no member asked for them, else as long as `token_ids`.
     """

@@ -8,6 +8,7 @@ that is missing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe.wire.messages import Moved, StageStatus, Status, TransferReport
 
 NUM_FIRST_STEPS = 2  # that are not typical, and count as measured
+TOGETHER_S = 0.0005  # tokens of one message are no further apart; those of two come further apart than that
 MIN_CUT_GEN_LEN = NUM_FIRST_STEPS + 2  # the first token comes with the prompt
 
 
@@ -73,7 +75,7 @@ class Metrics:
 def measure(workload: Workload, arrivals_s: Sequence[Sequence[float]]) -> Metrics:
     """`arrivals_s` has a list for each request: when each of its tokens arrived, in seconds since the start."""
     ends_s = [max(times) for times in zip(*arrivals_s, strict=True)]
-    step_s = tuple(end - start for start, end in zip([0.0, *ends_s[:-1]], ends_s, strict=True))
+    step_s = (ends_s[0], *step_times(ends_s))
     prompts, gen_len = workload.num_prompts, workload.gen_len
     prefill_s, measured_s = step_s[0], sum(step_s[1:])
     decode_s = project(step_s[1:], gen_len - 1) if workload.is_projected else measured_s
@@ -89,6 +91,17 @@ def measure(workload: Workload, arrivals_s: Sequence[Sequence[float]]) -> Metric
         per_token_s=_spread([(times[-1] - times[0]) / max(len(times) - 1, 1) for times in arrivals_s]),
         step_s=step_s,
     )
+
+
+def step_times(ends_s: Sequence[float]) -> list[float]:
+    """Seconds from each of `ends_s` to the next. Steps whose tokens come together have equal parts of their time."""
+    groups: list[list[float]] = []
+    for start, end in itertools.pairwise(ends_s):
+        if groups and end - start < TOGETHER_S:
+            groups[-1].append(end - start)
+        else:
+            groups.append([end - start])
+    return [sum(group) / len(group) for group in groups for _ in group]
 
 
 def project(decode_step_s: Sequence[float], num_steps: int) -> float:

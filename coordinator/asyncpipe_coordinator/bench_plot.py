@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from asyncpipe.errors import Invalid
+from asyncpipe_coordinator.bench_metrics import step_times
 from asyncpipe_coordinator.bench_report import Report, stage_parts
 
 MAX_BLOCKS_SHOWN = 8
@@ -101,7 +101,7 @@ def _blocks(report: Report) -> list[list[float]]:
     blocks = []
     for first in range(0, len(report.arrivals_s), size):
         ends_s = [max(times) for times in zip(*report.arrivals_s[first : first + size], strict=True)]
-        blocks.append([end - start for start, end in itertools.pairwise(ends_s)])
+        blocks.append(step_times(ends_s))
     return blocks
 
 

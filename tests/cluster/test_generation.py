@@ -87,9 +87,10 @@ def test_every_shape_of_opt_runs_on_an_uneven_split(shape: str, split: tuple[int
     assert run(scenario(), timeout_s=60) == reference(path, 6)
 
 
-def test_a_stream_has_one_piece_a_token_and_its_texts_add_up(checkpoint: Path) -> None:
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_stream_has_one_piece_a_token_and_its_texts_add_up(checkpoint: Path, num_stages: int) -> None:
     async def scenario() -> None:
-        async with serving(checkpoint, num_stages=2) as client:
+        async with serving(checkpoint, num_stages=num_stages) as client:
             stream = client.stream("naïve café", max_new_tokens=12, ignore_eos=True)
             pieces = [piece async for piece in stream]
             assert [piece.index for piece in pieces] == list(range(12))
@@ -110,6 +111,28 @@ def test_stop_strings_seeds_cancel_and_status(checkpoint: Path) -> None:
             await check_cancel(client)
             await check_status(client)
             await check_bad_requests(client)
+
+    run(scenario(), timeout_s=60)
+
+
+def test_one_stage_that_takes_steps_at_once_ends_where_others_do(checkpoint: Path) -> None:
+    """Whatever was computed after an end."""
+
+    async def scenario() -> None:
+        async with serving(checkpoint, num_stages=1) as client:
+            pieces = [piece async for piece in client.stream("to be", max_new_tokens=40, ignore_eos=True)]
+            texts = [piece.text for piece in pieces]
+            whole = "".join(texts)
+            for start in range(3, 30, 9):
+                stop = whole[start : start + 3]
+                count = next(n for n in range(1, 41) if stop in "".join(texts[:n]))
+                stopped = await client.generate("to be", max_new_tokens=40, ignore_eos=True, stop=stop)
+                assert (stopped.text, stopped.finish_reason) == (whole[: whole.index(stop)], FinishReason.STOP)
+                assert stopped.usage.completion_tokens == len(stopped.token_ids) == count
+            ends = pieces[20].token_id
+            ended = await client.generate("to be", max_new_tokens=40, stop_token_ids=[ends])
+            token_ids = [piece.token_id for piece in pieces]
+            assert list(ended.token_ids) == token_ids[: token_ids.index(ends) + 1]
 
     run(scenario(), timeout_s=60)
 

@@ -272,4 +272,4 @@ def test_ten_thousand_steps_under_pressure_lose_nothing(seed: int, num_stages: i
             answer = stages.answer(rng.choice(list(stages.in_flight)), compute_us=rng.randrange(100, 3000))
             handle(events.TokensArrived(tokens=answer, at_s=now_s))
     assert machine.statistics().preemptions > 10, "the memory was meant to be too little"
-    assert (stages.num_ahead > 1000) == (num_stages == 1)
+    assert (stages.num_at_once > 1000) == (num_stages == 1)

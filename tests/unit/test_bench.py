@@ -27,6 +27,7 @@ from asyncpipe_coordinator.bench_metrics import (
     pipeline_use,
     project,
     stage_uses,
+    step_times,
 )
 from asyncpipe_coordinator.bench_presets import PRESETS, find_preset, preset_lines
 from asyncpipe_coordinator.bench_report import log_name, stage_parts
@@ -86,6 +87,11 @@ def test_one_token_each_has_no_decode() -> None:
 
 def test_the_projection_takes_the_first_two_steps_as_they_are_and_the_mean_of_the_others() -> None:
     assert project([5.0, 4.0, 1.0, 2.0, 3.0], 31) == 5.0 + 4.0 + 2.0 * 29
+
+
+def test_steps_whose_tokens_come_together_share_their_time() -> None:
+    together = [1.0, 1.6, 1.60001, 1.60002, 1.8, 2.2, 2.20001]
+    assert step_times(together) == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2, 0.2], abs=1e-4)
 
 
 def test_projected_figures_stand_beside_the_measured_ones() -> None:

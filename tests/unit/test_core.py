@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -287,85 +288,84 @@ def test_a_prompt_longer_than_the_kv_memory_is_refused_even_when_it_came_early()
     assert "KV memory takes 1 to 39 tokens" in refused.error.message
 
 
-# --- one stage, whose next step is issued ahead ---
+# --- one stage, which takes several steps at once ---
 
 
-def one_stage_after_a_token(**options: object) -> tuple[Machine, list[Step]]:
-    """A turn through the coordinator takes a hundred times as long as a step. With the steps in flight."""
-    core = machine(num_stages=1, num_micro_batches=1, **options)
-    (step,) = steps(core.handle(submitted("a", max_new_tokens=4)))
-    return core, steps(answer(core, step, 21))
-
-
-def test_one_stage_goes_on_with_its_own_tokens_while_they_travel() -> None:
-    core, (known, ahead) = one_stage_after_a_token()
-    assert (known.delta.token_ids, known.delta.num_fed_back) == ((21,), 0)
-    assert (ahead.delta.token_ids, ahead.delta.num_fed_back, ahead.step) == ((), 1, known.step + 1)
-    done = answer(core, known, 22)
-    assert tokens_of(done) == [("a", 1, 22)]
-    (next_ahead,) = steps(done)
-    assert (next_ahead.delta.num_fed_back, next_ahead.step) == (1, ahead.step + 1)
+def one_stage_after_a_token(*, compute_us: int = 1000, **options: Any) -> tuple[Machine, Step]:
+    """A request for eight tokens has its first one. With the step that follows."""
+    core = machine(**({"num_stages": 1, "num_micro_batches": 1} | options))
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=8)))
+    timings = (StageTiming(0, compute_us),) * core.limits.num_stages
+    tokens = Tokens(epoch=1, micro_batch=0, step=step.step, token_ids=(21,), timings=timings)
+    (following,) = steps(core.handle(events.TokensArrived(tokens=tokens, at_s=1.0)))
     core.check()
+    return core, following
 
 
-def test_no_step_is_issued_for_a_sequence_whose_last_token_is_on_its_way() -> None:
-    core, (known, ahead) = one_stage_after_a_token()
-    (last,) = steps(answer(core, known, 22))
-    (leaving,) = steps(answer(core, ahead, 23))
-    assert (leaving.delta.left, leaving.delta.num_rows) == ((0,), 0)
+def test_one_stage_goes_on_with_its_own_tokens_until_somebody_has_all_of_them() -> None:
+    core, step = one_stage_after_a_token()
+    assert (step.delta.token_ids, step.delta.num_steps) == ((21,), 7)
+    leaving, *emitted, finished = answer(core, step, *range(22, 29))
+    assert tokens_of(emitted) == [("a", index, 21 + index) for index in range(1, 8)]
+    assert isinstance(finished, commands.FinishRequest)
+    assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.LENGTH, 8)
+    assert steps([leaving])[0].delta.left == (0,)
     assert core.statistics().used_blocks == 0
     core.check()
-    (token, finished) = answer(core, last, 24)
-    assert tokens_of([token]) == [("a", 3, 24)]
-    assert isinstance(finished, commands.FinishRequest)
-    assert answer(core, leaving) == []
 
 
-def test_what_is_computed_ahead_for_a_sequence_that_has_ended_is_dropped() -> None:
-    core, (known, ahead) = one_stage_after_a_token()
-    done = answer(core, known, EOS)
-    assert [c.finish_reason for c in done if isinstance(c, commands.FinishRequest)] == [FinishReason.STOP]
-    (leaving,) = steps(done)
-    assert leaving.delta.left == (0,)
-    assert answer(core, ahead, 23) == []
-    assert answer(core, leaving) == []
+def test_what_was_computed_after_an_end_is_dropped() -> None:
+    core, step = one_stage_after_a_token()
+    done = answer(core, step, 22, 23, EOS, 25, 26, 27, 28)
+    assert tokens_of(done) == [("a", 1, 22), ("a", 2, 23), ("a", 3, EOS)]
+    (finished,) = [command for command in done if isinstance(command, commands.FinishRequest)]
+    assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.STOP, 4)
+    core.check()
 
 
-def test_a_newcomers_prompt_goes_with_the_step_after_the_one_ahead() -> None:
-    core, (known, _) = one_stage_after_a_token()
-    assert core.handle(submitted("b")) == []
-    (step,) = steps(answer(core, known, 22))
-    assert (step.delta.num_fed_back, len(step.delta.opened)) == (1, 1)
-
-
-def test_a_lost_stages_tokens_ahead_are_computed_again() -> None:
-    core, (known, ahead) = one_stage_after_a_token()
-    answer(core, known, 22)
-    core.handle(events.PipelineLost())
-    assert answer(core, ahead, 23) == []
-    first, *_ = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
-    assert first.delta.opened[0].token_ids == (5, 5, 5, 21, 22)
-    assert tokens_of(answer(core, first, 23)) == [("a", 2, 23)]
-
-
-@pytest.mark.parametrize("options", [{"kv_blocks": 1, "max_context_len": 8}, {"schedule": Schedule.STATIC}])
-def test_no_step_is_issued_ahead_without_memory_or_in_static_batches(options: dict[str, object]) -> None:
-    _, in_flight = one_stage_after_a_token(**options)
-    assert len(in_flight) <= 1
-
-
-def test_no_step_is_issued_ahead_where_computing_leaves_no_core() -> None:
-    core = Machine(machine(num_stages=1, num_micro_batches=1).limits)
-    core.handle(events.PipelineReady(epoch=1, kv_blocks=1000, at_s=0.0, leaves_a_core=False))
-    (step,) = steps(core.handle(submitted("a")))
-    assert len(steps(answer(core, step, 21))) == 1
-
-
-def test_no_step_is_issued_ahead_where_it_would_gain_next_to_nothing() -> None:
+def test_a_newcomers_prompt_goes_alone_and_then_all_go_on_until_the_first_has_all() -> None:
     core = machine(num_stages=1, num_micro_batches=1)
-    (step,) = steps(core.handle(submitted("a")))
-    tokens = Tokens(epoch=1, micro_batch=0, step=step.step, token_ids=(21,), timings=(StageTiming(0, 990_000),))
-    assert len(steps(core.handle(events.TokensArrived(tokens=tokens, at_s=1.0)))) == 1
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=4)))
+    core.handle(submitted("b", max_new_tokens=9))
+    (joined,) = steps(answer(core, step, 21))
+    assert (joined.delta.token_ids, len(joined.delta.opened), joined.delta.num_steps) == ((21,), 1, 1)
+    (both,) = steps(answer(core, joined, 22, 31))
+    assert (both.delta.token_ids, both.delta.num_steps) == ((22, 31), 2)
+    done = answer(core, both, 23, 32, 24, 33)
+    assert tokens_of(done) == [("a", 2, 23), ("b", 1, 32), ("a", 3, 24), ("b", 2, 33)]
+    (alone,) = steps(done)
+    assert (alone.delta.left, alone.delta.token_ids, alone.delta.num_steps) == ((0,), (33,), 6)
+
+
+def test_the_tokens_of_a_lost_stages_steps_are_computed_again() -> None:
+    core, step = one_stage_after_a_token()
+    core.handle(events.PipelineLost())
+    assert answer(core, step, *range(22, 29)) == []
+    (again,) = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
+    assert again.delta.opened[0].token_ids == (5, 5, 5, 21)
+    assert tokens_of(answer(core, again, 22)) == [("a", 1, 22)]
+
+
+def test_tokens_of_too_few_steps_break_the_protocol() -> None:
+    core, step = one_stage_after_a_token()
+    with pytest.raises(WireError, match="6 tokens, where 7 were to come"):
+        answer(core, step, *range(22, 28))
+
+
+@pytest.mark.parametrize("options", [{"num_stages": 2}, {"schedule": Schedule.STATIC}, {"compute_us": 30_000}])
+def test_steps_come_one_by_one_in_longer_pipelines_in_static_batches_and_when_they_are_long(options: dict[str, Any]) -> None:
+    _, step = one_stage_after_a_token(**options)
+    assert step.delta.num_steps == 1
+
+
+def test_steps_come_one_by_one_when_there_are_no_blocks_for_more() -> None:
+    core = machine(num_stages=1, num_micro_batches=1, kv_blocks=3)
+    (step,) = steps(core.handle(submitted("a", max_new_tokens=8)))
+    core.handle(submitted("b", max_new_tokens=8))
+    (joined,) = steps(answer(core, step, 21))
+    (both,) = steps(answer(core, joined, 22, 31))
+    assert both.delta.num_steps == 1
+    core.check()
 
 
 def test_a_barrier_holds_micro_batches_until_all_are_back() -> None:
@@ -394,7 +394,7 @@ def test_a_static_batch_is_padded_and_takes_nobody_before_its_end() -> None:
 def test_tokens_that_nobody_asked_for_break_the_protocol() -> None:
     core = machine()
     (step,) = steps(core.handle(submitted("a")))
-    with pytest.raises(WireError, match="2 tokens for 1 sequences"):
+    with pytest.raises(WireError, match="2 tokens, where 1 were to come"):
         answer(core, step, 9, 9)
     with pytest.raises(WireError, match="not in flight"):
         answer(core, Step(epoch=1, micro_batch=1, step=0, delta=step.delta))

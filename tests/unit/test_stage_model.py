@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import Chunk, Delta, Opened
+from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
 from asyncpipe_workers import stage_model
+from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.sampling import Sampled
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
 from tests.stage_chains import Chain, joining, load_chain, opened
@@ -137,35 +138,35 @@ def test_seeded_sampling_does_not_depend_on_neighbours(tmp_path: Path) -> None:
     assert len(set(alone)) > 2
 
 
-def test_a_stage_that_is_the_whole_pipeline_goes_on_with_its_own_tokens(tmp_path: Path) -> None:
-    """Greedy and drawn, for members that stay, move and join: as when it is told which they were."""
+def test_a_stage_that_is_the_whole_pipeline_takes_several_steps_at_once(tmp_path: Path) -> None:
+    """Greedy and drawn: as one by one."""
     path = make_opt(tmp_path)
-    drawing = opened(1, [7, 8, 9], temperature=1.0, seed=3)
-    results = []
-    for is_told in (True, False):
-        chain = Chain(load_chain(path, (4,)))
-
-        def going_on(
-            tokens: tuple[int, ...], *, chain: Chain = chain, is_told: bool = is_told, micro_batch: int = 0, **changes: Any
-        ) -> tuple[int, ...]:
-            continuing = {"token_ids": tokens} if is_told else {"num_fed_back": len(tokens)}
-            return chain(Delta(**continuing, **changes), micro_batch=micro_batch)
-
-        first = chain(joining(opened(0, [5, 6]), drawing))
-        second = going_on(first)
-        third = going_on(second, opened=(opened(2, [10]),), chunks=(Chunk(2, 1),))
-        alone = going_on(third[1:], parted=(0,))
-        moved = going_on(third[:1], micro_batch=1, adopted=(0,))
-        results.append((first, second, third, alone, moved))
-    assert results[0] == results[1]
-    assert [len(tokens) for tokens in results[0]] == [2, 2, 3, 2, 1]
+    both = opened(0, [5, 6]), opened(1, [7, 8, 9], temperature=1.0, seed=3)
+    chain = Chain(load_chain(path, (4,)))
+    tokens = [chain(joining(*both))]
+    for _ in range(7):
+        tokens.append(chain(Delta(token_ids=tokens[-1])))
+    chain = Chain(load_chain(path, (4,)))
+    begun = chain(joining(*both, num_steps=3))
+    going_on = chain(Delta(token_ids=begun[-2:], num_steps=4))
+    alone = chain(Delta(token_ids=going_on[-1:], left=(0,)))
+    assert begun + going_on + alone == tuple(itertools.chain(*tokens))[:14] + tokens[7][1:]
 
 
-def test_a_stage_that_did_not_choose_the_tokens_refuses_to_go_on_with_them(tmp_path: Path) -> None:
+def test_scores_of_several_steps_at_once_are_in_their_order(tmp_path: Path) -> None:
+    (stage,) = load_chain(make_opt(tmp_path), (4,))
+    delta = joining(opened(0, [5, 6, 7], logprobs=1, prompt_logprobs=0), opened(1, [8]), num_steps=3)
+    (output,) = stage.compute([ArrivedStep(Step(epoch=1, micro_batch=0, step=0, delta=delta), 0)])
+    scored = [scores and scores.token_id for scores in output.logprobs]
+    assert scored == [token_id if place % 2 == 0 else None for place, token_id in enumerate(output.token_ids)]
+    assert len(output.token_ids) == 6
+    assert [len(prompt.logprobs) for prompt in output.prompt_logprobs] == [2]
+
+
+def test_several_steps_at_once_are_refused_by_a_part_of_a_pipeline(tmp_path: Path) -> None:
     chain = Chain(load_chain(make_opt(tmp_path), (2, 2)))
-    chain(joining(opened(0, [5, 6])))
-    with pytest.raises(Invalid, match="not chosen here"):
-        chain(Delta(num_fed_back=1))
+    with pytest.raises(Invalid, match="whole pipeline"):
+        chain(joining(opened(0, [5, 6]), num_steps=2))
 
 
 def test_a_delta_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncpipe.wire.messages import StageTiming
+from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
 from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
 from asyncpipe_coordinator.core.tuning import Tuner
 
@@ -46,10 +46,26 @@ def test_when_the_time_is_all_the_sequences_smaller_micro_batches_cost_nothing()
     assert tuner.best(num_sequences=16, max_sequences=32, most=64) > 2
 
 
-def test_steps_that_are_issued_ahead_need_no_second_micro_batch() -> None:
-    tuner = tuned([2.0], overhead_ms=2.0, rows=(4, 8), per_row_ms=0.5)
-    numbers = [tuner.best(num_sequences=8, max_sequences=8, most=8, goes_ahead=ahead) for ahead in (False, True)]
-    assert numbers[0] > numbers[1] == 1
+def test_one_stage_takes_as_many_steps_at_once_as_fit_into_the_time_that_others_may_wait() -> None:
+    tuner = tuned([2.0], overhead_ms=1.0, rows=(4, 8), per_row_ms=0.9)
+    assert [tuner.steps_at_once(rows) for rows in (2, 8, 30, 100)] == [10, 4, 1, 1]
+    assert tuned([0.001], overhead_ms=1.0).steps_at_once(8) == MAX_STEPS_AT_ONCE
+    assert tuned([2.0, 2.0], overhead_ms=1.0).steps_at_once(8) == Tuner(1).steps_at_once(8) == 1
+
+
+def test_steps_at_once_are_measured_one_by_one() -> None:
+    tuner = tuned([2.1], overhead_ms=1.0)
+    timing = StageTiming(0, 21 * MS)
+    tuner.observe(num_rows=8, timings=[timing], round_trip_s=0.022, num_steps=10)
+    assert tuner.steps_at_once(8) == 19
+    assert tuner.overhead_s == pytest.approx(0.001)
+
+
+def test_short_steps_at_once_need_no_second_micro_batch_to_hide_the_way_between_them() -> None:
+    short = tuned([2.0], overhead_ms=2.0, rows=(4, 8), per_row_ms=0.5)
+    long = tuned([2.0], overhead_ms=30.0, rows=(4, 8), per_row_ms=5.0)
+    assert short.best(num_sequences=8, max_sequences=8, most=8) == 1
+    assert long.best(num_sequences=8, max_sequences=8, most=8) > 1
 
 
 def test_before_any_measurement_there_is_one_a_stage_within_the_bound() -> None:

@@ -35,17 +35,16 @@ class StageSequences:
             members.remove(self._known(number, among=members))
         for number in delta.adopted:
             members.append(self._known(number))
-        if delta.num_continuing != len(members):
-            raise Invalid(f"{delta.num_continuing} tokens for the {len(members)} sequences of the micro-batch")
-        token_ids = [_fed_back(member) for member in members] if delta.num_fed_back else list(delta.token_ids)
+        if len(delta.token_ids) != len(members):
+            raise Invalid(f"{len(delta.token_ids)} tokens for the {len(members)} sequences of the micro-batch")
         for opened in delta.opened:
             self._open(opened)
-        rows = [self._next_row(member, token_id) for member, token_id in zip(members, token_ids, strict=True)]
+        rows = [self._next_row(member, token_id) for member, token_id in zip(members, delta.token_ids, strict=True)]
         spans = self._spans(delta, first_row=len(rows))
         complete = [span for span in spans if span.member.length == span.member.sampler.num_tokens]
         sampled_rows = [*range(len(rows)), *(span.end - 1 for span in complete)]
         members += [span.member for span in complete]
-        return self._layout(token_ids, rows, spans, delta.padding, sampled=list(members), sampled_rows=sampled_rows)
+        return self._layout(delta, rows, spans, sampled=list(members), sampled_rows=sampled_rows)
 
     def forget_all(self) -> None:
         """As if nobody had ever been here."""
@@ -93,16 +92,9 @@ class StageSequences:
         return spans
 
     def _layout(
-        self,
-        token_ids: list[int],
-        rows: list[Row],
-        spans: list[Span],
-        padding: int,
-        *,
-        sampled: list[Member],
-        sampled_rows: list[int],
+        self, delta: Delta, rows: list[Row], spans: list[Span], *, sampled: list[Member], sampled_rows: list[int]
     ) -> StepLayout:
-        positions = [row.length - 1 for row in rows]
+        token_ids, positions = list(delta.token_ids), [row.length - 1 for row in rows]
         prompt_lens = [member.sampler.num_prompt for member in sampled[: len(rows)]]
         for span in spans:
             end = span.position + span.end - span.start
@@ -110,18 +102,12 @@ class StageSequences:
             token_ids += span.member.sampler.token_ids[span.position : end]
             prompt_lens += [span.member.sampler.num_prompt] * (end - span.position)
         return StepLayout(
-            token_ids=token_ids + [0] * padding,
-            positions_T=indices(positions + [0] * padding, self._device),
+            token_ids=token_ids + [0] * delta.padding,
+            positions_T=indices(positions + [0] * delta.padding, self._device),
             rows=rows,
             spans=spans,
-            padding=padding,
+            padding=delta.padding,
             sampled=sampled,
             sampled_rows=indices(sampled_rows, self._device),
-            prompt_lens=prompt_lens + [0] * padding,
+            prompt_lens=prompt_lens + [0] * delta.padding,
         )
-
-
-def _fed_back(member: Member) -> int:
-    if member.chosen is None:
-        raise Invalid(f"sequence {member.number} is to go on with a token that was not chosen here")
-    return member.chosen

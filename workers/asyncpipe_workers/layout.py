@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Member:
-    """One sequence. `length` counts its tokens in the cache; `sampler` knows all its tokens but `chosen`, its newest one, which
-    the last stage has sampled and which comes back with the next step, or is fed back here."""
+    """One sequence. `length` counts its tokens in the cache; `sampler` knows all its tokens."""
 
     number: int
     slot: int
     sampler: Sampler
     length: int = 0
-    chosen: int | None = None
 
 
 class Row(NamedTuple):

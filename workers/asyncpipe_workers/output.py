@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncpipe.wire.messages import PromptLogprobs, Step, TokenLogprobs
@@ -42,3 +43,12 @@ class StageOutput:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     began_ns: int = 0
     ended_ns: int = 0
+
+
+def joined(outputs: Sequence[StageOutput]) -> StageOutput:
+    """Of several steps at once, one after the other. Only a prompt brings scores of it, so they are the first one's."""
+    return replace(
+        outputs[0],
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        logprobs=tuple(scores for output in outputs for scores in output.logprobs),
+    )

@@ -23,7 +23,7 @@ class StageRecorder:
         self._first_start_ns = self._last_end_ns = 0
 
     def computed(self, step: Step, *, start_ns: int, end_ns: int) -> None:
-        self._num_steps += 1
+        self._num_steps += step.delta.num_steps
         self._busy_ns += end_ns - start_ns
         if not self._first_start_ns:
             self._first_start_ns = start_ns

@@ -57,15 +57,25 @@ class SimulatedStage:
 
     def _step(self, message: Step, arrived_at_s: float) -> StageOutput:
         members = self._apply(message)
-        duration_s = self._duration_s(message.delta)
+        duration_s = sum(self._duration_s(message.delta) for _ in range(message.delta.num_steps))
         start_s = max(self._free_at_s, arrived_at_s)
         self._free_at_s = start_s + duration_s
-        token_ids = tuple(member.next_token() for member in members) if self._is_last else ()
+        token_ids = self._choose(members, message.delta.num_steps) if self._is_last else ()
         hidden = None if self._is_last else self._hidden(message.delta.num_rows)
         while (left_s := self._free_at_s - time.monotonic()) > 0:
             time.sleep(left_s)
         began_ns, ended_ns = int(start_s * 1e9), int(self._free_at_s * 1e9)
         return StageOutput(token_ids=token_ids, hidden=hidden, began_ns=began_ns, ended_ns=ended_ns)
+
+    def _choose(self, members: list[_Sequence], num_steps: int) -> tuple[int, ...]:
+        """In the last of several steps at once nobody goes on with what was chosen: it comes back."""
+        token_ids = chosen = [member.next_token() for member in members]
+        for _ in range(num_steps - 1):
+            for member, token_id in zip(members, chosen, strict=True):
+                member.push(token_id)
+            chosen = [member.next_token() for member in members]
+            token_ids = token_ids + chosen
+        return tuple(token_ids)
 
     @property
     def link_s(self) -> float:
@@ -77,7 +87,7 @@ class SimulatedStage:
             return 0.0
         simulation = self._simulation
         num_prompt = sum(chunk.count for chunk in delta.chunks)
-        tokens_us = num_prompt * simulation.prefill_us_per_token + delta.num_continuing * simulation.decode_us_per_token
+        tokens_us = num_prompt * simulation.prefill_us_per_token + len(delta.token_ids) * simulation.decode_us_per_token
         seconds = self._num_layers * (simulation.layer_ms / 1e3 + tokens_us / 1e6)
         return max(seconds * self._random.gauss(1.0, simulation.jitter), 0.0) if simulation.jitter else seconds
 
@@ -98,10 +108,9 @@ class SimulatedStage:
         for number in delta.parted:
             members.remove(self._known(number))
         members += [self._known(number) for number in delta.adopted]
-        if delta.num_continuing != len(members):
-            raise Invalid(f"{delta.num_continuing} tokens for the {len(members)} sequences of the micro-batch")
-        token_ids = [member.next_token() for member in members] if delta.num_fed_back else delta.token_ids
-        for member, token_id in zip(members, token_ids, strict=True):
+        if len(delta.token_ids) != len(members):
+            raise Invalid(f"{len(delta.token_ids)} tokens for the {len(members)} sequences of the micro-batch")
+        for member, token_id in zip(members, delta.token_ids, strict=True):
             member.push(token_id)
         for opened in delta.opened:
             self._sequences[opened.sequence] = _Sequence(opened)

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from asyncpipe.errors import Invalid
-from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, LoadStage, PromptLogprobs, TierReport
+from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, Delta, LoadStage, PromptLogprobs, TierReport
 from asyncpipe_workers.batch import StageSequences
 from asyncpipe_workers.decode_graph import Capture, CudaCapture, DecodeGraphs, GraphedSweep, graphs_are_wanted
 from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
@@ -18,7 +19,7 @@ from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.activations import DeviceActivations
 from asyncpipe_workers.memory.kv import PagedKV
 from asyncpipe_workers.memory.weights import ResidentWeights
-from asyncpipe_workers.output import ArrivedStep, Posting, StageOutput
+from asyncpipe_workers.output import ArrivedStep, Posting, StageOutput, joined
 from asyncpipe_workers.sampling import sample, score
 from asyncpipe_workers.stage_memory import StageMemory, load_stage_memory
 from asyncpipe_workers.staging import StagingRing
@@ -107,6 +108,24 @@ class StageModel:
     @torch.inference_mode()
     def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
         """Raises Invalid for a step that does not follow from those before."""
+        outputs = self._pass(steps)
+        if not any(arrived.step.delta.num_steps > 1 for arrived in steps):
+            yield from outputs
+            return
+        for arrived, output in zip(steps, list(outputs), strict=True):
+            yield joined([output, *self._further(arrived, output)])
+
+    def _further(self, arrived: ArrivedStep, output: StageOutput) -> Iterator[StageOutput]:
+        """The steps at once that follow the first: its members go on with the tokens of the one before."""
+        if not (self._is_first and self._is_last):
+            raise Invalid("several steps at once are for a stage that is the whole pipeline")
+        for _ in range(arrived.step.delta.num_steps - 1):
+            step = msgspec.structs.replace(arrived.step, delta=Delta(token_ids=output.token_ids))
+            (output,) = self._pass([ArrivedStep(step, arrived.arrived_ns)])
+            yield output
+
+    def _pass(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
+        """One pass over the weights."""
         start_s = time.monotonic()
         layouts = [self._sequences.apply(arrived.step.micro_batch, arrived.step.delta) for arrived in steps]
         works = [self._work(number, steps[number], layout) for number, layout in enumerate(layouts) if len(layout)]
@@ -128,8 +147,6 @@ class StageModel:
         layout, logits_RV = result.work.layout, result.output
         num_sampled = len(layout.sampled)
         sampled = sample(logits_RV[:num_sampled], [member.sampler for member in layout.sampled])
-        for member, token_id in zip(layout.sampled, sampled.token_ids, strict=True):
-            member.chosen = token_id
         return StageOutput(
             token_ids=sampled.token_ids,
             logprobs=sampled.logprobs,

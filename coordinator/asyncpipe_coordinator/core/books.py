@@ -20,7 +20,6 @@ class Books:
     waiting: WaitingQueue = field(default_factory=WaitingQueue)
     prefilling: list[Sequence] = field(default_factory=list)  # in order of admission
     parked: deque[Sequence] = field(default_factory=deque)
-    ending: list[Sequence] = field(default_factory=list)
     to_forget: list[int] = field(default_factory=list)  # numbers that the stages hear of with the next step of any micro-batch
     micro_batches: list[MicroBatch] = field(default_factory=list)
     num_open: int = 1  # micro-batches beyond these take nobody and give away whom they have
@@ -35,7 +34,7 @@ class Books:
         for sequence in self.waiting:
             books.waiting.push(sequence)
         members = [member for micro_batch in self.micro_batches for member in micro_batch.members]
-        for sequence in [*self.prefilling, *self.parked, *self.ending, *members]:
+        for sequence in [*self.prefilling, *self.parked, *members]:
             sequence.lose_cache(books.number())
             books.waiting.push(sequence)
         return books
@@ -92,8 +91,6 @@ class Books:
                 self._release(sequence)
             case SequenceState.RUNNING:
                 self._take_out(sequence)
-            case SequenceState.ENDING:
-                self.ending.remove(sequence)
         sequence.move(SequenceState.DONE)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -102,16 +99,6 @@ class Books:
         sequence.lose_cache(self.number())
         self.waiting.push(sequence)
         self.num_preemptions += 1
-
-    def dismiss(self, sequence: Sequence) -> None:
-        """No further step is for it: its last tokens are on their way, and what follows them finds its blocks free."""
-        self._take_out(sequence)
-        sequence.move(SequenceState.ENDING)
-        self.ending.append(sequence)
-
-    def has_room_ahead(self, micro_batch: MicroBatch) -> bool:
-        """Whether its next step surely finds blocks: nobody can be preempted whose tokens are on their way."""
-        return self.ledger.num_free >= len(micro_batch.members) + len(self.parked)
 
     def home_of(self, sequence: Sequence) -> MicroBatch:
         return next(micro_batch for micro_batch in self.micro_batches if sequence in micro_batch.members)
@@ -134,15 +121,15 @@ class Books:
             SequenceState.WAITING: list(self.waiting),
             SequenceState.PREFILLING: self.prefilling,
             SequenceState.PARKED: list(self.parked),
-            SequenceState.ENDING: self.ending,
             SequenceState.RUNNING: members,
         }
         everyone = [sequence for place in places.values() for sequence in place]
         _assert(len(set(map(id, everyone))) == len(everyone), "a sequence is in two places")
         for state, place in places.items():
             _assert(all(sequence.state is state for sequence in place), f"a sequence among the {state.value} is not")
-        without_blocks = (SequenceState.WAITING, SequenceState.ENDING)
-        owners = {sequence.number for state, place in places.items() if state not in without_blocks for sequence in place}
+        owners = {
+            sequence.number for state, place in places.items() if state is not SequenceState.WAITING for sequence in place
+        }
         _assert(owners == self.ledger.owners(), "blocks are owned by somebody who is not there")
         _assert(not owners & set(self.to_forget), "a sequence is to be forgotten and is not")
         _assert(self.waiting.num_tokens == sum(s.length for s in self.waiting), "the queue's tokens do not add up")

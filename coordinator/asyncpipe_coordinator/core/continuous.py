@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from asyncpipe.wire.messages import Chunk, Delta, Opened
+from asyncpipe.wire.messages import MAX_SEQUENCES_PER_STEP, Chunk, Delta, Opened
 from asyncpipe_coordinator.core.books import Books
 from asyncpipe_coordinator.core.sequences import MicroBatch, Sequence, SequenceState
 
@@ -22,15 +22,15 @@ OLDEST_SHARE = 4  # one in so many prefill tokens is the oldest prompt's, howeve
 
 @dataclass(slots=True)
 class Composition:
-    """A step in the making; `sampled` are the members whose tokens it will bring, in order."""
+    """A step in the making."""
 
     parted: list[Sequence] = field(default_factory=list)
     adopted: list[Sequence] = field(default_factory=list)
     opened: list[Opened] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     token_ids: tuple[int, ...] = ()
-    num_fed_back: int = 0
     padding: int = 0
+    num_steps: int = 1
 
     def delta(self, books: Books) -> Delta:
         left, books.to_forget = tuple(books.to_forget), []
@@ -39,20 +39,19 @@ class Composition:
             parted=tuple(sequence.number for sequence in self.parted),
             adopted=tuple(sequence.number for sequence in self.adopted),
             token_ids=self.token_ids,
-            num_fed_back=self.num_fed_back,
             opened=tuple(self.opened),
             chunks=tuple(self.chunks),
             padding=self.padding,
+            num_steps=self.num_steps,
         )
 
 
-def compose(books: Books, micro_batch: MicroBatch) -> Delta:
-    """Change `micro_batch` and the books for its next step, and describe the change.
+def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int = 1) -> Delta:
+    """Change `micro_batch` and the books for its next step, and describe the change. Its members rest when this is called.
 
-    Its members rest when this is called, or the step is issued ahead, and there is room (`Books.has_room_ahead`).
+    There are up to `most_steps` at once, where nobody has begun whom they would hold up.
     """
     step = Composition()
-    _dismiss(books, micro_batch)
     _part(books, micro_batch, step)
     _adopt(books, micro_batch, step)
     grow(books, micro_batch)
@@ -64,15 +63,14 @@ def compose(books: Books, micro_batch: MicroBatch) -> Delta:
         _prefill(books, micro_batch, step, _shares(books.prefilling, prefill_budget(books, micro_batch)), room=room)
     elif not micro_batch.members and micro_batch.index == books.num_open:
         _prefill(books, micro_batch, step, _newcomers(books), room=books.limits.max_sequences_per_micro_batch)
+    if not (books.prefilling or books.parked or step.chunks):
+        _go_on(books, micro_batch, step, most_steps)
     return step.delta(books)
 
 
 def decode(micro_batch: MicroBatch, step: Composition) -> None:
     """Every member goes on by one token."""
-    if any(member.num_coming for member in micro_batch.members):
-        step.num_fed_back = len(micro_batch.members)
-    else:
-        step.token_ids = tuple(member.last_token for member in micro_batch.members)
+    step.token_ids = tuple(member.last_token for member in micro_batch.members)
     for member in micro_batch.members:
         member.num_computed += 1
 
@@ -84,14 +82,22 @@ def grow(books: Books, micro_batch: MicroBatch) -> None:
     least a token; and a sequence alone always fits.
     """
     block_tokens = books.limits.kv_block_tokens
-    for member in [member for member in micro_batch.members if member.num_computed % block_tokens == 0]:
-        while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.num_computed + 1):
+    for member in [member for member in micro_batch.members if (member.length - 1) % block_tokens == 0]:
+        while member.state is SequenceState.RUNNING and not books.ledger.reserve(member.number, member.length):
             books.preempt(min(micro_batch.members, key=lambda m: (m.request.priority, -m.arrival)))
 
 
-def _dismiss(books: Books, micro_batch: MicroBatch) -> None:
-    for member in [member for member in micro_batch.members if member.is_ending]:
-        books.dismiss(member)
+def _go_on(books: Books, micro_batch: MicroBatch, step: Composition, most_steps: int) -> None:
+    """Further steps of all members, until the first has all its tokens, and as long as there are blocks for everybody."""
+    members, ledger = micro_batch.members, books.ledger
+    left = [member.most_generated - len(member.generated) for member in members]
+    count = min([most_steps, MAX_SEQUENCES_PER_STEP // max(len(members), 1), *left])
+    while count > 1 and len(members) * ledger.blocks_for(count) > ledger.num_free:
+        count //= 2
+    for member in members if count > 1 else ():
+        member.num_computed += count - 1
+        ledger.reserve(member.number, member.num_computed)
+        step.num_steps = count
 
 
 def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:

@@ -28,11 +28,11 @@ class EfficiencyMeter:
             self._free_at_s = [0.0] * self.num_stages
             self.busy_s = self.busy_s or [0.0] * self.num_stages
 
-    def returned(self, stage_s: Sequence[float], at_s: float) -> None:
-        """A step came back after `stage_s` of computing in each stage."""
+    def returned(self, stage_s: Sequence[float], at_s: float, *, num_steps: int = 1) -> None:
+        """A step came back, or several at once, after `stage_s` of computing in each stage."""
         if self._began_at_s is None:
             return
-        self.num_steps += 1
+        self.num_steps += num_steps
         ready_s = 0.0
         for stage, seconds in enumerate(stage_s):
             ready_s = self._free_at_s[stage] = max(ready_s, self._free_at_s[stage]) + seconds

@@ -48,13 +48,11 @@ class StopStringFound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineReady:
-    """`kv_blocks` is what fits into the stage with the least room. With `leaves_a_core`, messages are handled while stages
-    compute, at no cost to them."""
+    """`kv_blocks` is what fits into the stage with the least room."""
 
     epoch: int
     kv_blocks: int
     at_s: float
-    leaves_a_core: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

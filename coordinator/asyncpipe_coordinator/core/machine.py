@@ -1,9 +1,8 @@
 """The scheduling core: events in, commands out, nothing else.
 
 M micro-batches are in the pipeline at once, with no barrier between them: the moment one's tokens have come back it is issued
-again, with whoever joined or left meanwhile. Where one stage is the whole pipeline and one micro-batch is enough, its next step
-is issued ahead: the stage knows the tokens first, and need not wait for them to come here and go back. The machine neither
-waits nor looks at a clock; it is told.
+again, with whoever joined or left meanwhile. Where one stage is the whole pipeline, several short steps are issued at once: it
+goes on with the tokens that it has just chosen. The machine neither waits nor looks at a clock; it is told.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from asyncpipe_coordinator.core.tuning import Tuner
 RETUNE_STEPS = 16  # steps between two looks at the number of micro-batches
 RECENT_ENDS = 32  # ended requests from which the hint of Busy is taken
 RETRY_HINT_S = 1.0  # before any has ended
-AHEAD_WORTH = 0.1  # of a step's time must pass between steps, for whoever comes waits for the step that is ahead as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,6 @@ class Machine:
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
         self._gone: ErrorData | None = None
-        self._goes_ahead = False
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
         self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
         self._compose = static.compose if limits.schedule is Schedule.STATIC else continuous.compose
@@ -191,8 +188,6 @@ class Machine:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
         self._epoch, self._gone = event.epoch, None
-        is_continuous = self.limits.schedule is Schedule.CONTINUOUS
-        self._goes_ahead = self.limits.num_stages == 1 and is_continuous and event.leaves_a_core
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -234,10 +229,9 @@ class Machine:
         self._measure(answered, tokens, at_s)
         emitted: list[Command] = self._on_prompt_logprobs(tokens)
         logprobs = tokens.logprobs or (None,) * len(tokens.token_ids)
-        for sequence, token_id, scores in zip(answered.sampled, tokens.token_ids, logprobs, strict=True):
+        for sequence, token_id, scores in zip(answered.awaited, tokens.token_ids, logprobs, strict=True):
             if sequence.state is SequenceState.DONE:
                 continue
-            sequence.num_coming -= 1
             emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
             sequence.generated.append(token_id)
             self._generated_tokens += 1
@@ -269,9 +263,13 @@ class Machine:
     def _measure(self, answered: InFlight, tokens: Tokens, at_s: float) -> None:
         if len(tokens.timings) != self.limits.num_stages:
             raise WireError(f"tokens with {len(tokens.timings)} timings; the pipeline has {self.limits.num_stages} stages")
-        self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s)
+        delta = answered.step.delta
+        self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=delta.num_steps)
         self.tuner.observe(
-            num_rows=answered.step.delta.num_rows, timings=tokens.timings, round_trip_s=at_s - answered.issued_at_s
+            num_rows=delta.num_rows,
+            timings=tokens.timings,
+            round_trip_s=at_s - answered.issued_at_s,
+            num_steps=delta.num_steps,
         )
         self._steps_since_retune += 1
         if self._steps_since_retune >= RETUNE_STEPS:
@@ -291,12 +289,7 @@ class Machine:
             return limits.num_stages
         num_sequences = books.num_admitted + len(books.waiting)
         most_sequences = limits.max_sequences_per_micro_batch
-        best = self.tuner.best(
-            num_sequences=num_sequences,
-            max_sequences=most_sequences,
-            most=limits.most_micro_batches,
-            goes_ahead=self._goes_ahead,
-        )
+        best = self.tuner.best(num_sequences=num_sequences, max_sequences=most_sequences, most=limits.most_micro_batches)
         return max(best, -(-books.num_admitted // most_sequences))
 
     # --- issuing ---
@@ -308,38 +301,28 @@ class Machine:
         """
         if self._epoch is None:
             return []
-        idle = [batch for batch in self._books.micro_batches if not batch.in_flight]
+        idle = [batch for batch in self._books.micro_batches if batch.in_flight is None]
         if self.limits.schedule is Schedule.BARRIER and len(idle) < len(self._books.micro_batches):
             return []
         commands: list[Command] = []
         for micro_batch in sorted(idle, key=self._turn):
             commands += self._issue(self._epoch, micro_batch, at_s)
-        if self._may_issue_ahead():
-            commands += self._issue(self._epoch, self._books.micro_batches[0], at_s)
         if not any(batch.in_flight for batch in self._books.micro_batches):
             self.meter.emptied()
         return commands
-
-    def _may_issue_ahead(self) -> bool:
-        books = self._books
-        if not self._goes_ahead or books.num_open > 1 or self.tuner.overhead_share < AHEAD_WORTH:
-            return False
-        micro_batch = books.micro_batches[0]
-        return len(micro_batch.in_flight) == 1 and books.has_room_ahead(micro_batch)
 
     def _turn(self, micro_batch: MicroBatch) -> tuple[int, int]:
         is_spare, num_members = self._books.is_spare(micro_batch), len(micro_batch.members)
         return (0 if is_spare and num_members else 2 if is_spare else 1, num_members)
 
     def _issue(self, epoch: int, micro_batch: MicroBatch, at_s: float) -> list[Command]:
-        delta = self._compose(self._books, micro_batch)
+        most_steps = self.tuner.steps_at_once(len(micro_batch.members)) if self._books.num_open == 1 else 1
+        delta = self._compose(self._books, micro_batch, most_steps=most_steps)
         if delta == Delta():
             return []
         step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
         micro_batch.next_step += 1
-        micro_batch.in_flight.append(InFlight(step, tuple(micro_batch.members), at_s))
-        for member in micro_batch.members:
-            member.num_coming += 1
+        micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
         self.meter.issued(at_s)
         return [IssueStep(step)]
 
@@ -349,17 +332,11 @@ class Machine:
         """Raises AssertionError when the machine's own books do not agree."""
         books = self._books
         books.check()
-        places = [
-            *books.waiting,
-            *books.prefilling,
-            *books.parked,
-            *books.ending,
-            *(m for b in books.micro_batches for m in b.members),
-        ]
+        places = [*books.waiting, *books.prefilling, *books.parked, *(m for b in books.micro_batches for m in b.members)]
         _assert(
             set(map(id, places)) == set(map(id, self._open.values())), "an open request is nowhere, or an ended one somewhere"
         )
-        resting = [batch for batch in books.micro_batches if not batch.in_flight]
+        resting = [batch for batch in books.micro_batches if batch.in_flight is None]
         if self._epoch is not None and self.limits.schedule is not Schedule.BARRIER:
             _assert(not any(batch.members for batch in resting), "a micro-batch with members rests")
         if self._epoch is not None and len(resting) == len(books.micro_batches):
@@ -367,15 +344,16 @@ class Machine:
 
 
 def _answered(micro_batch: MicroBatch | None, tokens: Tokens) -> InFlight:
-    """The step that `tokens` answers, now no longer in flight. Raises WireError."""
+    """The step that `tokens` answers; its micro-batch rests again. Raises WireError."""
     if micro_batch is None:
         raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
-    answered = micro_batch.in_flight[0] if micro_batch.in_flight else None
+    answered = micro_batch.in_flight
     if answered is None or answered.step.step != tokens.step:
         raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
-    if len(tokens.token_ids) != len(answered.sampled) or len(tokens.logprobs) not in (0, len(answered.sampled)):
-        raise WireError(f"{len(tokens.token_ids)} tokens for {len(answered.sampled)} sequences")
-    micro_batch.in_flight.popleft()
+    num_awaited = len(answered.awaited)
+    if len(tokens.token_ids) != num_awaited or len(tokens.logprobs) not in (0, num_awaited):
+        raise WireError(f"{len(tokens.token_ids)} tokens, where {num_awaited} were to come")
+    micro_batch.in_flight = None
     return answered
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,16 +17,14 @@ class SequenceState(enum.Enum):
     PREFILLING = "prefilling"  # it owns blocks; chunks of its tokens travel in steps of any micro-batch
     RUNNING = "running"  # a member of a micro-batch, one token a step
     PARKED = "parked"  # between two micro-batches, with its KV
-    ENDING = "ending"  # its last tokens are on their way; the stages forget it then
     DONE = "done"
 
 
 _LEGAL_MOVES = {
     SequenceState.WAITING: {SequenceState.PREFILLING, SequenceState.DONE},
     SequenceState.PREFILLING: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
-    SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.ENDING, SequenceState.WAITING, SequenceState.DONE},
+    SequenceState.RUNNING: {SequenceState.PARKED, SequenceState.WAITING, SequenceState.DONE},
     SequenceState.PARKED: {SequenceState.RUNNING, SequenceState.WAITING, SequenceState.DONE},
-    SequenceState.ENDING: {SequenceState.WAITING, SequenceState.DONE},
     SequenceState.DONE: set[SequenceState](),
 }
 
@@ -42,7 +39,6 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0  # tokens whose keys and values the stages hold once everything in flight is done
     generated: list[int] = field(default_factory=list)
-    num_coming: int = 0  # tokens that steps in flight will bring
     first_token_at_s: float | None = None
     scores: SeenScores = field(default_factory=SeenScores)  # by the client; they begin again when the KV is lost
     may_end_with: frozenset[int] = frozenset()  # tokens that end it, unless it is too short yet
@@ -76,11 +72,6 @@ class Sequence:
     def last_token(self) -> int:
         return self.generated[-1]
 
-    @property
-    def is_ending(self) -> bool:
-        """Whatever its tokens will be: with those that are on their way it has all that it may have."""
-        return len(self.generated) + self.num_coming >= self.most_generated
-
     def opened(self) -> Opened:
         request = self.request
         return Opened(
@@ -99,7 +90,7 @@ class Sequence:
         """Back to waiting: everything has to be computed again."""
         self.move(SequenceState.WAITING)
         self.number = new_number
-        self.num_computed = self.num_coming = 0
+        self.num_computed = 0
         self.scores.begin_again()
 
 
@@ -119,23 +110,24 @@ def _for_stages(sampling: Sampling, *, seed: int, was_scored: bool) -> Sampling:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A step in the pipeline: whose tokens it brings, and when it was issued."""
+    """A step in the pipeline, or several at once, and when it was issued."""
 
     step: Step
     sampled: tuple[Sequence, ...]
     issued_at_s: float
 
+    @property
+    def awaited(self) -> tuple[Sequence, ...]:
+        """For each token that it brings: whose it is."""
+        return self.sampled * self.step.delta.num_steps
+
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Sequences in the order in which every stage keeps them.
-
-    At most one step of it is in the pipeline at a time, or two where the second was issued ahead: before the tokens of the
-    first were known.
-    """
+    """Sequences in the order in which every stage keeps them. At most one step of it is in the pipeline at a time."""
 
     index: int
     members: list[Sequence] = field(default_factory=list)
-    in_flight: deque[InFlight] = field(default_factory=deque)
+    in_flight: InFlight | None = None
     next_step: int = 0
     num_started: int = 0  # static batching: how many sequences the batch began with

@@ -3,7 +3,8 @@
 With M micro-batches of b sequences, a stage that takes t(b), and an overhead o of links and coordinator, a round trip takes at
 least the sum of the stages' times and o, and the slowest stage needs M t(b) for one step of each. So M b tokens come back in
 max(M max t(b), sum t(b) + o) seconds. More micro-batches than fill the pipeline make each one smaller, when there are only so
-many sequences, and a stage's time hardly depends on its batch: then they cost throughput.
+many sequences, and a stage's time hardly depends on its batch: then they cost throughput. One stage whose steps are short does
+without them: several steps at once share one overhead.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from asyncpipe.wire.messages import StageTiming
+from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
 
 FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
 SLACK = 1.5  # overheads vary; plan for more than the mean
 CLOCK_S = 1e-6  # what stages measure with
+AT_ONCE_S = 0.04  # of steps without a turn through the coordinator: whoever comes waits for them, and text comes in such jerks
 EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
 
 
@@ -37,13 +39,9 @@ class _Line:
         self.xx = self.xx * FORGET + x * x
         self.xy = self.xy * FORGET + x * y
 
-    @property
-    def mean(self) -> float:
-        return self.y / self.weight
-
     def at(self, x: float) -> float:
         """The estimate at `x`, never falling with x, never below a tenth of the mean."""
-        mean_x, mean_y = self.x / self.weight, self.mean
+        mean_x, mean_y = self.x / self.weight, self.y / self.weight
         spread = self.xx / self.weight - mean_x**2
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.25 else 0.0
         return max(mean_y + max(slope, 0.0) * (x - mean_x), mean_y / 10)
@@ -56,14 +54,14 @@ class Tuner:
     _overhead: _Line = field(default_factory=_Line)
     _round_trip: _Line = field(default_factory=_Line)
 
-    def observe(self, *, num_rows: int, timings: Sequence[StageTiming], round_trip_s: float) -> None:
-        """One step: its rows, what the stages say, and the time from its issue to its tokens."""
+    def observe(self, *, num_rows: int, timings: Sequence[StageTiming], round_trip_s: float, num_steps: int = 1) -> None:
+        """One step, or several of so many rows at once: what the stages say, and the time from its issue to its tokens."""
         if len(timings) != self.num_stages or not num_rows:
             return
         if not self._stages:
             self._stages = [_Line() for _ in timings]
         for line, timing in zip(self._stages, timings, strict=True):
-            line.add(num_rows, timing.compute_us / 1e6)
+            line.add(num_rows, timing.compute_us / 1e6 / num_steps)
         inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
         self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
         self._round_trip.add(0.0, round_trip_s)
@@ -73,26 +71,26 @@ class Tuner:
         return self._overhead.at(0.0) if self._stages else 0.0
 
     @property
-    def overhead_share(self) -> float:
-        """Of a step that waits for nobody: the part in which no stage computes. 0 before anything was measured."""
-        total_s = self.overhead_s + sum(line.mean for line in self._stages)
-        return self.overhead_s / total_s if total_s else 0.0
-
-    @property
     def round_trip_s(self) -> float:
         return self._round_trip.at(0.0) if self._stages else 0.0
 
-    def best(self, *, num_sequences: int, max_sequences: int, most: int, goes_ahead: bool = False) -> int:
+    def steps_at_once(self, num_rows: int) -> int:
+        """Of so many rows, without a turn through the coordinator between them: only one stage can do that."""
+        if self.num_stages > 1 or not self._stages:
+            return 1
+        return min(max(int(AT_ONCE_S / max(self._stages[0].at(num_rows), CLOCK_S)), 1), MAX_STEPS_AT_ONCE)
+
+    def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
-        which it is before anything was measured, to `most`. Steps that are issued ahead need no others to hide links."""
+        which it is before anything was measured, to `most`."""
         fewest = min(self.num_stages, most)
         if not self._stages:
             return fewest
-        overhead_s = 0.0 if goes_ahead else self.overhead_s
         chosen, best = fewest, 0.0
         for count in range(fewest, most + 1):
             batch = min(max_sequences, num_sequences / count)
             times_s = [line.at(batch) for line in self._stages]
+            overhead_s = self.overhead_s / (self.steps_at_once(round(batch)) if count == 1 else 1)
             slowest_s, through_s = count * max(times_s), sum(times_s) + SLACK * overhead_s
             throughput = count * batch / max(slowest_s, through_s, CLOCK_S)
             if throughput > best * (1 + WORTH):

@@ -28,7 +28,7 @@ from asyncpipe.wire.messages import (
     Welcome,
     WorkerToCoordinator,
 )
-from asyncpipe.wire.sampling import MAX_CHOICES
+from asyncpipe.wire.sampling import MAX_CHOICES, FinishReason
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
@@ -112,7 +112,7 @@ class CoordinatorActor(Actor):
         self._pool: WorkerPool | None = None
         self._is_up = False
         self._num_epochs = 0
-        self._in_flight: dict[tuple[int, int], InFlight] = {}  # by micro-batch and step
+        self._in_flight: dict[int, InFlight] = {}
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
 
     # --- for the service, on the same loop ---
@@ -222,9 +222,9 @@ class CoordinatorActor(Actor):
     def _on_tokens(self, tokens: Tokens) -> None:
         if not self._is_from(self._num_stages - 1):
             return
-        sent = self._in_flight.get((tokens.micro_batch, tokens.step))
-        if sent is not None and sent.step.epoch == tokens.epoch:
-            del self._in_flight[tokens.micro_batch, tokens.step]
+        sent = self._in_flight.get(tokens.micro_batch)
+        if sent is not None and sent.step.epoch == tokens.epoch and sent.step.step == tokens.step:
+            del self._in_flight[tokens.micro_batch]
         try:
             self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
         except WireError as error:
@@ -253,8 +253,7 @@ class CoordinatorActor(Actor):
         if missing := [stage for stage in range(self._num_stages) if stage not in self._pool.workers]:
             self._lose_pipeline(missing, StageLost(f"stage {missing[0]} was lost while the pipeline was brought up"))
             return
-        pool, now_s = self._pool, time.monotonic()
-        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=pool.kv_blocks, at_s=now_s, leaves_a_core=pool.leaves_a_core))
+        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=self._pool.kv_blocks, at_s=time.monotonic()))
 
     def _on_tick(self) -> None:
         now_s = time.monotonic()
@@ -334,11 +333,11 @@ class CoordinatorActor(Actor):
 
     def _handle(self, event: events.Event) -> None:
         done = self._machine.handle(event)
-        ending = {c.request_id for c in done if isinstance(c, commands.FinishRequest)}
+        ending = {c.request_id: c.num_completion_tokens for c in done if isinstance(c, commands.FinishRequest)}
         for command in done:
             match command:
                 case commands.EmitToken():
-                    self._emit(command, is_last=command.request_id in ending)
+                    self._emit(command, is_last=ending.get(command.request_id) == command.index + 1)
                 case commands.IssueStep():
                     self._issue(command.step)
                 case commands.EmitPromptLogprobs():
@@ -353,7 +352,7 @@ class CoordinatorActor(Actor):
     def _issue(self, step: Step) -> None:
         assert self._pool is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
         first = self._pool.first
-        self._in_flight[step.micro_batch, step.step] = InFlight(step, time.monotonic())
+        self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
         try:
             # There are more credits than micro-batches, so this is never Busy.
             first.tell_nowait(step)
@@ -362,11 +361,11 @@ class CoordinatorActor(Actor):
 
     def _emit(self, command: commands.EmitToken, *, is_last: bool) -> None:
         request = self._open.get(command.request_id)
-        if request is None or request.stopped:
+        if request is None or request.num_to_stop is not None:
             return
         self._clients.update(request.client, request.piece(command, is_last=is_last))
         if request.stops.found:
-            request.stopped = True
+            request.num_to_stop = command.index + 1
             self._handle(events.StopStringFound(request_id=command.request_id, at_s=time.monotonic()))
 
     def _score(self, command: commands.EmitPromptLogprobs) -> None:
@@ -378,16 +377,18 @@ class CoordinatorActor(Actor):
         request = self._open.pop(command.request_id, None)
         if request is None:
             return
-        held_back = "" if request.stops.found else request.rest()
+        held_back, reason, num_tokens = request.rest(), command.finish_reason, command.num_completion_tokens
+        if request.num_to_stop is not None:  # of steps at once: more may have been computed, to another end
+            held_back, reason, num_tokens = "", FinishReason.STOP, request.num_to_stop
         usage = Usage(
             prompt_tokens=command.num_prompt_tokens,
-            completion_tokens=command.num_completion_tokens,
+            completion_tokens=num_tokens,
             time_to_first_token_s=command.time_to_first_token_s,
             total_s=command.total_s,
         )
         finished = Finished(
             request_id=request.request_id,
-            finish_reason=command.finish_reason,
+            finish_reason=reason,
             text=held_back,
             usage=usage,
             choice=request.choice,

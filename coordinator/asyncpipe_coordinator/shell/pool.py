@@ -83,13 +83,6 @@ class WorkerPool:
         """Of the stage with the least room."""
         return min(worker.report.kv_blocks for worker in self.workers.values() if worker.report is not None)
 
-    @property
-    def leaves_a_core(self) -> bool:
-        """Whether every stage computes on a GPU, or with fewer threads than its process has cores."""
-        return all(
-            worker.join.device != "cpu" or self._num_threads(worker) < worker.join.num_cores for worker in self.workers.values()
-        )
-
     async def counters(self) -> Mapping[int, StageCounters]:
         """By stage; those that do not answer in time are left out."""
         workers = dict(self.workers)
@@ -150,7 +143,7 @@ class WorkerPool:
             max_context_len=self.model.max_context_len,
             max_sequences=self.max_sequences,
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),
-            num_threads=self._num_threads(worker),
+            num_threads=config.threads_of(worker.join.num_cores, num_neighbours=neighbours),
             kv_block_tokens=config.kv_block_tokens,
             kv_bytes=config.kv_bytes_of(stage),
             kv_share=KV_SHARE / neighbours,
@@ -163,9 +156,6 @@ class WorkerPool:
         """torch encrypts nothing: where there are keys, what leaves a machine travels in messages unless told otherwise."""
         is_secret = following is not None and bool(following.join.public_key) and following.join.machine != worker.join.machine
         return LinkKind.ZMQ if self.config.link == "auto" and is_secret else self.config.link_wish
-
-    def _num_threads(self, worker: Worker) -> int:
-        return self.config.threads_of(worker.join.num_cores, num_neighbours=self._num_on_machine(worker))
 
     def _num_on_machine(self, worker: Worker) -> int:
         """Stages on the same machine, itself included."""

@@ -36,7 +36,7 @@ class OpenChoice:
     detokenizer: Detokenizer
     stops: StopStrings
     min_tokens: int
-    stopped: bool = False  # a stop string was seen; what comes after it is not shown
+    num_to_stop: int | None = None  # tokens with which a stop string was complete: what comes after them is not shown
 
     @classmethod
     def create(

@@ -1,18 +1,17 @@
-"""One stage whose next step is issued ahead, beside one whose next step waits for the tokens of the last.
+"""One stage that takes several decode steps at once, beside one that takes them one by one.
 
-    python benchmarks/ahead.py
-    python benchmarks/ahead.py --quick --json
+    python benchmarks/multi_step.py
+    python benchmarks/multi_step.py --quick --json
 
-A random model of OPT-125m's shape; generated tokens per second, in turn on the same worker, whose threads leave a core: where
-they do not, no step is issued ahead. `ratio_int8_b1` is ahead over waiting for one sequence in int8, and so on. `between_ms` is
-the time from the end of a step's computing to the begin of the next one's.
+A random model of OPT-125m's shape; generated tokens per second, in turn on the same worker. `ratio_int8_b1` is several steps at
+once over one by one, for one sequence in int8, and so on. `between_ms` is the part of a step's time in which the stage does not
+compute: the turn through the coordinator.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import statistics
 import tempfile
 import time
@@ -31,7 +30,7 @@ from asyncpipe import Client, connect
 from asyncpipe.cores import find_cores
 from asyncpipe.wire.messages import Status
 from asyncpipe_coordinator.config import ServiceConfig
-from asyncpipe_coordinator.core import machine
+from asyncpipe_coordinator.core import tuning
 from asyncpipe_coordinator.service import Service
 
 OPT_125M = Shape(hidden=768, layers=12, vocab=50272)
@@ -40,13 +39,13 @@ MAX_BATCH = 32
 
 
 @contextmanager
-def worth(share: float) -> Iterator[None]:
-    """Steps are issued ahead where at least `share` of a step's time is gained."""
-    usual, machine.AHEAD_WORTH = machine.AHEAD_WORTH, share
+def at_once(seconds: float) -> Iterator[None]:
+    """So many seconds of steps are taken at once."""
+    usual, tuning.AT_ONCE_S = tuning.AT_ONCE_S, seconds
     try:
         yield
     finally:
-        machine.AHEAD_WORTH = usual
+        tuning.AT_ONCE_S = usual
 
 
 @asynccontextmanager
@@ -62,13 +61,13 @@ async def serving(path: Path, *, quantize: str | None, threads: int) -> AsyncIte
 class Way:
     """To issue steps. `between_ms` is of each load, the first of which does not count."""
 
-    share: float
+    at_once_s: float
     between_ms: list[float] = field(default_factory=list)
 
     async def tokens_per_s(self, client: Client, batch: int, new_tokens: int) -> float:
         prompts = [[4 + (batch * row + place) % 1000 for place in range(PROMPT_LEN)] for row in range(batch)]
         before, start_s = await client.status(), time.perf_counter()
-        with worth(self.share):
+        with at_once(self.at_once_s):
             await asyncio.gather(*(client.generate(p, max_new_tokens=new_tokens, ignore_eos=True) for p in prompts))
         seconds, after = time.perf_counter() - start_s, await client.status()
         steps, idle_s = after.pipeline.steps - before.pipeline.steps, _idle_s(after) - _idle_s(before)
@@ -82,7 +81,7 @@ def _idle_s(status: Status) -> float:
 
 async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     make_large_model(path, OPT_125M)
-    forms = {"int8": "int8"} if arguments.quick else {"fp32": None, "int8": "int8"}
+    forms = {"int8": "int8"} if arguments.quick else {"fp32": None, "int8": "int8", "int4": "int4"}
     batches = (1, 8) if arguments.quick else (1, 8, MAX_BATCH)
     new_tokens = 64 if arguments.quick else 128
     async with AsyncExitStack() as stack:
@@ -91,7 +90,7 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
             for name, form in forms.items()
         }
         cases = {f"{name}_b{batch}": (client, batch) for name, client in clients.items() for batch in batches}
-        ways = {case: {"waiting": Way(math.inf), "ahead": Way(machine.AHEAD_WORTH)} for case in cases}
+        ways = {case: {"single": Way(0.0), "multi": Way(tuning.AT_ONCE_S)} for case in cases}
         rounds = {
             case: {name: partial(way.tokens_per_s, *cases[case], new_tokens) for name, way in both.items()}
             for case, both in ways.items()
@@ -102,14 +101,14 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         for name, values in measured.items():
             result[f"{name}_{case}_tokens_per_s"] = round(statistics.median(values), 1)
             result[f"{name}_{case}_between_ms"] = round(statistics.median(ways[case][name].between_ms[1:]), 2)
-        pairs = zip(measured["waiting"], measured["ahead"], strict=True)
-        result[f"ratio_{case}"] = round(statistics.median(ahead / waiting for waiting, ahead in pairs), 3)
+        pairs = zip(measured["single"], measured["multi"], strict=True)
+        result[f"ratio_{case}"] = round(statistics.median(multi / single for single, multi in pairs), 3)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=max(1, find_cores().count - 1), help="default: all cores but one")
+    parser.add_argument("--threads", type=int, default=find_cores().count, help="default: all cores")
     parser.add_argument("--quick", action="store_true", help="int8 at batch 1 and 8: under 60 s")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     arguments = parser.parse_args()
