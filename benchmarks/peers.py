@@ -8,7 +8,7 @@ Distinct random prompts of 128 tokens, 32 new tokens each, greedy, end tokens ig
 is a process of its own and is asked in turn, round by round; figures are medians, ratios medians of the ratios round by round.
 
 All times are of one run, of when its tokens came: prefill is from the start to the first token of the last sequence; decode is
-the median step in which all sequences take part; end to end is all tokens over all of the time. Ours streams to a client in
+the mean step in which all sequences take part; end to end is all tokens over all of the time. Ours streams to a client in
 another process, and with two stages each has one thread (`2x1`); Hugging Face `generate` tells a streamer, CTranslate2 a
 callback, and llama.cpp is asked step by step. `prefill` in the JSON is the time to the first token of one prompt of 2,040
 tokens.

@@ -12,9 +12,10 @@ import torch
 
 from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
-from asyncpipe_workers.models import quantized
+from asyncpipe_workers.models import int4
+from asyncpipe_workers.models.int4 import Int4Linear
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
-from asyncpipe_workers.models.quantized import Int4Linear, Int8Linear, QuantizedLinears, pack_all
+from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears, pack_all
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 
 CPU = torch.device("cpu")
@@ -94,14 +95,25 @@ def test_int4_multiplies_what_its_codec_would_unpack() -> None:
     assert relative_error(linear(x), expected) < 0.01  # bfloat16
 
 
-def test_int4_is_packed_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec, x = GroupCodec(64), numbers(5, 128, seed=2)
-    packed = codec.encode(numbers(208, 128))
-    whole = Int4Linear(codec, packed, 128, None)
-    monkeypatch.setattr(quantized, "INT4_PACKED_CODES", 1)
-    parts = Int4Linear(codec, packed, 128, None)
-    assert torch.equal(whole._weight, parts._weight)
-    assert torch.equal(whole(x), parts(x))
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("piece_bytes", [1, 128 * 64, int4.PIECE_BYTES])
+@pytest.mark.parametrize("num_rows", [16, 64, 208, 256])
+def test_int4_lies_as_torch_lays_it_out(
+    num_rows: int, piece_bytes: int, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces as in one."""
+    codec = GroupCodec(64)
+    packed = codec.encode(numbers(num_rows, 128))
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codec.codes(packed, 128).codes_RN.int(), 1)
+    monkeypatch.setattr(int4, "PIECE_BYTES", piece_bytes)
+    if not is_known:
+        monkeypatch.setattr(int4, "layout_is_known", lambda: False)
+    assert torch.equal(int4.lay_out(codec.code_pairs(packed, 128)), expected)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="other kernels want other layouts")
+def test_int4s_layout_is_known_where_it_should_be() -> None:
+    assert int4.layout_is_known()
 
 
 @pytest.mark.parametrize("shape", [(90, 128), (96, 100)])

@@ -137,11 +137,19 @@ class GroupCodec:
 
     def codes(self, packed: torch.Tensor, size: int) -> GroupCodes:
         """(..., B) uint8 -> (..., padded N) and (..., G) twice."""
+        kept = self.scales_minima(packed, size).to(torch.float32)
+        return GroupCodes(halves_apart(self.code_pairs(packed, size)), kept[..., 0], kept[..., 1])
+
+    def code_pairs(self, packed: torch.Tensor, size: int) -> torch.Tensor:
+        """(..., B) uint8 -> (..., padded N / 2), where they are: two codes a byte, the even one in the high half."""
         self._check_packed(packed, size)
-        code_bytes = self._code_bytes(size)
-        # A copy is aligned for float16; the row may not be.
-        kept = packed[..., code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
-        return GroupCodes(_halves_apart(packed[..., :code_bytes]), kept[..., 0::2], kept[..., 1::2])
+        return packed[..., : self._code_bytes(size)]
+
+    def scales_minima(self, packed: torch.Tensor, size: int) -> torch.Tensor:
+        """(..., B) uint8 -> (..., G, 2) float16, a copy: it is aligned, the row may not be."""
+        self._check_packed(packed, size)
+        kept = packed[..., self._code_bytes(size) :].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        return kept.view(*packed.shape[:-1], self._num_groups(size), 2)
 
     def packed_size(self, size: int) -> int:
         """Bytes of a row of `size` numbers."""
@@ -231,7 +239,7 @@ def _halves_joined(codes: torch.Tensor) -> torch.Tensor:
     return (pairs << 4).bitwise_or_(pairs >> 8)
 
 
-def _halves_apart(packed: torch.Tensor) -> torch.Tensor:
+def halves_apart(packed: torch.Tensor) -> torch.Tensor:
     """Two codes of each byte to a byte each, in 16-bit arithmetic, which is several times as fast as interleaving bytes."""
     pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
     return (pairs >> 4).add_(pairs, alpha=256).bitwise_and_(0x0F0F).view(torch.uint8)

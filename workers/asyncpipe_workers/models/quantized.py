@@ -1,16 +1,14 @@
-"""Products with weights in eight and four bits.
+"""Products with weights in eight bits, and the choice of a form for weights that are quantized.
 
-int8: rows of inputs are quantized as they come, each by its own largest magnitude, and multiplied as integers (VNNI or tensor
-cores where the processor has them). A row's result does not depend on what other rows are in the batch. int4: weights in groups
-along the inputs, unpacked to bfloat16 in registers, which saves memory traffic and no arithmetic: for few rows.
+Rows of inputs are quantized as they come, each by its own largest magnitude, and multiplied as integers (VNNI or tensor cores
+where the processor has them). A row's result does not depend on what other rows are in the batch.
 
-Shapes: R rows, I inputs, O outputs, G groups, B bytes of a packed row.
+Shapes: R rows, I inputs, O outputs, B bytes of a packed row.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import threading
@@ -22,19 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.memory.quantization import Codec, GroupCodec, RowCodec
+from asyncpipe_workers.models.int4 import Int4Linear
 from asyncpipe_workers.models.kernels import PlainLinear, ResidentLinear
 
 ROW_LIMIT = 127.0
 ZERO_POINT = 128  # of inputs, which the kernels take as unsigned bytes
-INT4_GROUPS = (32, 64, 128, 256)  # that the kernel knows
-INT4_OUTPUTS = 16  # it works on so many rows of the weight at once
-INT4_BLOCK = 64  # of rows of the weight that lie together in a CPU's layout
-INT4_PACKED_CODES = 512 << 10  # that are integers of 32 bits at a time
-INT4_INNER_TILES = 8  # of 16 inputs, side by side in a GPU's layout
 INT8_MULTIPLE = 8  # of which both sizes of a matrix are, for a GPU's kernel
 INT8_MIN_ROWS = 32  # that it takes
 TINY = 1e-30  # instead of the limit of a row of zeros
-MIDDLE_CODE = 8  # its codes are 0 to 15, and mean code - 8
 PACKING_NICENESS = 10  # a tenth of a core's time where computing wants it too (setpriority(2))
 
 # torch announces the end of its quantized tensors; their kernels are the only ones of their kind.
@@ -102,42 +95,6 @@ def pack_all(linears: Sequence[Int8Linear], stop: threading.Event) -> None:
         if stop.is_set():
             return
         linear.pack()
-
-
-class Int4Linear:
-    """`packed` (O, B) is of `codec`."""
-
-    def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
-        codes_OI, scales_OG, minima_OG = codec.codes(packed, in_size)
-        steps_OG = scales_OG.reciprocal()
-        zeros_OG = minima_OG + MIDDLE_CODE * steps_OG
-        self._scales_zeros_GO2 = torch.stack([steps_OG, zeros_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
-        if packed.device.type == "cpu":
-            step = max(INT4_PACKED_CODES // in_size // INT4_BLOCK, 1) * INT4_BLOCK
-            parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in torch.split(codes_OI, step)]
-            self._weight = torch.cat(parts)
-            self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        else:
-            pairs = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
-            self._weight = torch.ops.aten._convert_weight_to_int4pack(pairs, INT4_INNER_TILES)
-            self._multiply = torch.ops.aten._weight_int4pack_mm
-        self._group_size = codec.group_size
-        self._out_size = len(codes_OI)
-        self._bias = bias
-        self.num_bytes = packed.nbytes
-
-    @staticmethod
-    def fits(codec: GroupCodec, out_size: int, in_size: int, *, device: torch.device) -> bool:
-        multiple = codec.group_size if device.type == "cpu" else math.lcm(codec.group_size, 16 * INT4_INNER_TILES)
-        return codec.group_size in INT4_GROUPS and in_size % multiple == 0 and out_size % INT4_OUTPUTS == 0
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], self._out_size)
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        y: torch.Tensor = self._multiply(rows, self._weight, self._group_size, self._scales_zeros_GO2)
-        y = y.view(*x.shape[:-1], self._out_size).to(x.dtype)
-        return y if self._bias is None else y.add_(self._bias)
 
 
 class QuantizedLinears:
