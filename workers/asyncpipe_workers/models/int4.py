@@ -24,7 +24,6 @@ BLOCK = 64  # rows of the weight that lie together in a CPU's layout
 PIECE_BYTES = 1 << 20  # that are laid out at once, in a core's cache
 INNER_TILES = 8  # of 16 inputs, side by side in a GPU's layout
 MIDDLE_CODE = 8  # of the kernels: codes are 0 to 15, and mean code - 8
-LOW_HALVES = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 
 
 class Int4Linear:
@@ -98,8 +97,9 @@ def _by_torch(pairs_OP: torch.Tensor) -> torch.Tensor:
 
 def _interleave(pairs_RP: torch.Tensor, *, out: torch.Tensor) -> None:
     """Of whole blocks. In each, for one pair of inputs after the other: the even one's codes, then the odd one's."""
-    turned = pairs_RP.view(-1, 2, BLOCK // 2, pairs_RP.shape[1]).permute(0, 3, 1, 2).contiguous().view(torch.int64)
-    first_rows, second_rows = turned.unbind(2)
-    even, odd = out.view(len(turned), -1, 2, BLOCK // 2).view(torch.int64).unbind(2)
-    torch.bitwise_or((first_rows >> 4).bitwise_and_(LOW_HALVES), second_rows & ~LOW_HALVES, out=even)
-    torch.bitwise_or(first_rows & LOW_HALVES, (second_rows << 4).bitwise_and_(~LOW_HALVES), out=odd)
+    first_NRP, second_NRP = pairs_RP.view(-1, 2, BLOCK // 2, pairs_RP.shape[1]).unbind(1)
+    even_NRP = (first_NRP >> 4).bitwise_or_(second_NRP & 0xF0)
+    odd_NRP = (first_NRP & 0x0F).bitwise_or_(second_NRP << 4)
+    both_NPR = out.view(len(even_NRP), -1, 2, BLOCK // 2)
+    both_NPR[:, :, 0] = even_NRP.transpose(1, 2)
+    both_NPR[:, :, 1] = odd_NRP.transpose(1, 2)
