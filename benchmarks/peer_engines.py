@@ -25,6 +25,7 @@ RUN_TIMEOUT_S = 1800.0
 WARM_UP = {"prompt_len": 128, "new_tokens": 32, "seed": 0}  # as large as what is timed: memory is got and kept
 FIRST_TOKEN_ID = 4  # those below are special ones in both vocabularies
 MAX_ERROR_CHARS = 200
+TOGETHER_S = 0.0005  # tokens of one message are no further apart
 
 Spec = dict[str, Any]
 Prompts = list[list[int]]
@@ -67,10 +68,10 @@ class Arrivals:
 
     def _step_s(self) -> float:
         """A decode step's, until the first sequence ends."""
-        reached_s = [at_s for at_s in self._reached_s if at_s >= self._first_s]
-        if len(reached_s) < 2:
-            reached_s = self._reached_s
-        return (reached_s[-1] - reached_s[0]) / (len(reached_s) - 1) if len(reached_s) > 1 else 0.0
+        reached_s, start_s = [at_s for at_s in self._reached_s if at_s > self._first_s + TOGETHER_S], self._first_s
+        if not reached_s:
+            start_s, *reached_s = self._reached_s
+        return (reached_s[-1] - start_s) / len(reached_s) if reached_s else 0.0
 
 
 Run = Callable[[Prompts, int], Awaitable[Timing]]

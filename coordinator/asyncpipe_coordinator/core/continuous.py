@@ -46,7 +46,7 @@ class Composition:
         )
 
 
-def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int = 1) -> Delta:
+def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int) -> Delta:
     """Change `micro_batch` and the books for its next step, and describe the change. Its members rest when this is called.
 
     There are up to `most_steps` at once, where nobody has begun whom they would hold up.
@@ -94,10 +94,12 @@ def _go_on(books: Books, micro_batch: MicroBatch, step: Composition, most_steps:
     count = min([most_steps, MAX_SEQUENCES_PER_STEP // max(len(members), 1), *left])
     while count > 1 and len(members) * ledger.blocks_for(count) > ledger.num_free:
         count //= 2
-    for member in members if count > 1 else ():
+    if count <= 1:
+        return
+    step.num_steps = count
+    for member in members:
         member.num_computed += count - 1
         ledger.reserve(member.number, member.num_computed)
-        step.num_steps = count
 
 
 def _part(books: Books, micro_batch: MicroBatch, step: Composition) -> None:

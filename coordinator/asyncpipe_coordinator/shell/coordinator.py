@@ -377,9 +377,9 @@ class CoordinatorActor(Actor):
         request = self._open.pop(command.request_id, None)
         if request is None:
             return
-        held_back, reason, num_tokens = request.rest(), command.finish_reason, command.num_completion_tokens
-        if request.num_to_stop is not None:  # of steps at once: more may have been computed, to another end
-            held_back, reason, num_tokens = "", FinishReason.STOP, request.num_to_stop
+        reason, num_tokens = command.finish_reason, command.num_completion_tokens
+        if request.num_to_stop is not None:  # of several steps at once: more was computed, perhaps to another end
+            reason, num_tokens = FinishReason.STOP, request.num_to_stop
         usage = Usage(
             prompt_tokens=command.num_prompt_tokens,
             completion_tokens=num_tokens,
@@ -389,7 +389,7 @@ class CoordinatorActor(Actor):
         finished = Finished(
             request_id=request.request_id,
             finish_reason=reason,
-            text=held_back,
+            text=request.rest(),
             usage=usage,
             choice=request.choice,
         )
