@@ -60,6 +60,22 @@ async def stream_all(client: Client, *, at_token: Callable[[int], object]) -> li
     return list(await asyncio.gather(one(0, 0.0), one(1, 0.8), one(2, 0.0)))
 
 
+def test_streams_go_on_when_the_only_worker_dies_amid_several_steps(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]]
+) -> None:
+    """What it had not told of is computed again."""
+
+    async def scenario() -> None:
+        config = ServiceConfig(checkpoint=checkpoint, num_stages=1, threads_per_stage=1, spares=1)
+        async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
+            struck = (await client.status()).stages[0].pid
+            killed = await stream_all(client, at_token=lambda index: index == 40 and os.kill(struck, signal.SIGKILL))
+            assert killed == undisturbed
+            assert (await client.status()).restarts == 1
+
+    run(scenario(), timeout_s=60)
+
+
 @pytest.mark.parametrize("spares", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("stage", [0, 1])
