@@ -193,6 +193,7 @@ class PipelineModel(RuleBasedStateMachine):
             tokens = self.stages.answer(next(iter(self.stages.in_flight)))
             self.handle(events.TokensArrived(tokens=tokens, at_s=self.now_s))
             self.machine.check()
+        assert not self.stages.in_flight, "steps go on when nobody is left"
         assert self.ended == set(self.prompts)
         assert not self.stages.sequences
         assert self.machine.statistics().used_blocks == 0

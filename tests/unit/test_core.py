@@ -309,9 +309,11 @@ def test_one_stage_goes_on_with_its_own_tokens_until_somebody_has_all_of_them() 
     assert tokens_of(emitted) == [("a", index, 21 + index) for index in range(1, 8)]
     assert isinstance(finished, commands.FinishRequest)
     assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.LENGTH, 8)
-    assert steps([leaving])[0].delta.left == (0,)
+    (last,) = steps([leaving])
+    assert (last.delta.left, last.delta.num_steps) == ((0,), 1)
     assert core.statistics().used_blocks == 0
     core.check()
+    assert answer(core, last) == [], "nobody is left"
 
 
 def test_what_was_computed_after_an_end_is_dropped() -> None:

@@ -90,8 +90,10 @@ def grow(books: Books, micro_batch: MicroBatch) -> None:
 def _go_on(books: Books, micro_batch: MicroBatch, step: Composition, most_steps: int) -> None:
     """Further steps of all members, until the first has all its tokens, and as long as there are blocks for everybody."""
     members, ledger = micro_batch.members, books.ledger
+    if not members:
+        return
     left = [member.most_generated - len(member.generated) for member in members]
-    count = min([most_steps, MAX_SEQUENCES_PER_STEP // max(len(members), 1), *left])
+    count = min(most_steps, MAX_SEQUENCES_PER_STEP // len(members), *left)
     while count > 1 and len(members) * ledger.blocks_for(count) > ledger.num_free:
         count //= 2
     if count <= 1:
