@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import peer_llamacpp
 
 from asyncpipe.process import die_with_parent
+from asyncpipe_coordinator.bench_metrics import TOGETHER_S
 
 RUN_TIMEOUT_S = 1800.0
 WARM_UP = {"prompt_len": 128, "new_tokens": 32, "seed": 0}  # as large as what is timed: memory is got and kept
 FIRST_TOKEN_ID = 4  # those below are special ones in both vocabularies
 MAX_ERROR_CHARS = 200
-TOGETHER_S = 0.0005  # tokens of one message are no further apart
 
 Spec = dict[str, Any]
 Prompts = list[list[int]]

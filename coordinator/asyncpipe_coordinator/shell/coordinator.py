@@ -112,7 +112,7 @@ class CoordinatorActor(Actor):
         self._pool: WorkerPool | None = None
         self._is_up = False
         self._num_epochs = 0
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}  # by micro-batch
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
 
     # --- for the service, on the same loop ---

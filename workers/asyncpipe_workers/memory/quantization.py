@@ -89,7 +89,7 @@ class RowCodec:
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[-1]
         packed = torch.empty((*x.shape[:-1], self.packed_size(size)), dtype=torch.uint8, device=x.device)
-        for piece, packed_piece in _split(x.detach(), packed, max(CPU_PIECE // max(size, 1), 1)):
+        for piece, packed_piece in split_rows(x.detach(), packed, max(CPU_PIECE // max(size, 1), 1)):
             numbers = piece.to(torch.float32)
             scales_R1 = numbers.abs().amax(-1, keepdim=True).div_(MAX_ROW_CODE).clamp_(min=MIN_ROW_SCALE)
             codes = (numbers / scales_R1).round_().clamp_(-MAX_ROW_CODE, MAX_ROW_CODE)
@@ -100,7 +100,7 @@ class RowCodec:
     def decode(self, packed: torch.Tensor, size: int, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
             out = torch.empty((*packed.shape[:-1], size), dtype=dtype, device=packed.device)
-        for packed_piece, piece in _split(packed, out, max(CPU_PIECE // max(size, 1), 1)):
+        for packed_piece, piece in split_rows(packed, out, max(CPU_PIECE // max(size, 1), 1)):
             codes, scales = self.codes(packed_piece, size)
             piece.copy_(codes.to(torch.float32).mul_(scales[..., None]))
         return out
@@ -204,7 +204,7 @@ class GroupCodec:
     def _pieces(self, source: torch.Tensor, target: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         most_numbers = CPU_PIECE if source.device.type == "cpu" else DEVICE_PIECE
         padded_size = self._num_groups(size) * self.group_size
-        return _split(source, target, max(most_numbers // max(padded_size, 1), 1))
+        return split_rows(source, target, max(most_numbers // max(padded_size, 1), 1))
 
     def _encode(self, x: torch.Tensor, packed: torch.Tensor) -> None:
         size = x.shape[-1]
@@ -245,7 +245,7 @@ def halves_apart(packed: torch.Tensor) -> torch.Tensor:
     return (pairs >> 4).add_(pairs, alpha=256).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
-def _split(source: torch.Tensor, target: torch.Tensor, most_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def split_rows(source: torch.Tensor, target: torch.Tensor, most_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Views of both, of at most `most_rows` rows each, whatever their strides."""
     if not source.numel():
         return
@@ -254,7 +254,7 @@ def _split(source: torch.Tensor, target: torch.Tensor, most_rows: int) -> Iterat
         yield source, target
     elif (inner_rows := num_rows // len(source)) > most_rows:
         for source_part, target_part in zip(source.unbind(), target.unbind(), strict=True):
-            yield from _split(source_part, target_part, most_rows)
+            yield from split_rows(source_part, target_part, most_rows)
     else:
         most = most_rows // inner_rows
         yield from zip(torch.split(source, most), torch.split(target, most), strict=True)

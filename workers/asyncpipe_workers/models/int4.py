@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from asyncpipe_workers.memory.quantization import GroupCodec, halves_apart
+from asyncpipe_workers.memory.quantization import GroupCodec, halves_apart, split_rows
 
 GROUPS = (32, 64, 128, 256)  # that the kernels know
 OUTPUTS = 16  # they work on so many rows of the weight at once
@@ -68,16 +68,13 @@ def _scales_zeros(scales_minima_OG2: torch.Tensor) -> torch.Tensor:
 def lay_out(pairs_OP: torch.Tensor) -> torch.Tensor:
     """(O, P) uint8 as a CPU's kernel wants it, of pairs of codes (the even one in the high half)."""
     num_rows, num_pairs = pairs_OP.shape
-    num_laid_out = num_rows // BLOCK * BLOCK if layout_is_known() else 0
+    num_known = num_rows // BLOCK * BLOCK if layout_is_known() else 0  # rows; the last block may be smaller, and lies otherwise
     laid_out_OP = torch.empty(pairs_OP.shape, dtype=torch.uint8)
     step = max(PIECE_BYTES // num_pairs // BLOCK, 1) * BLOCK
-    for first in range(0, num_rows, step):
-        rows = slice(first, min(first + step, num_laid_out))
-        if first < num_laid_out:
-            _interleave(pairs_OP[rows], out=laid_out_OP[rows])
-        rest = slice(max(first, num_laid_out), first + step)
-        if len(pairs_OP[rest]):
-            laid_out_OP[rest] = _by_torch(pairs_OP[rest])
+    for pairs_RP, out_RP in split_rows(pairs_OP[:num_known], laid_out_OP[:num_known], step):
+        _interleave(pairs_RP, out=out_RP)
+    for pairs_RP, out_RP in split_rows(pairs_OP[num_known:], laid_out_OP[num_known:], step):
+        out_RP.copy_(_by_torch(pairs_RP))
     return laid_out_OP
 
 
