@@ -14,7 +14,7 @@ from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models import int4
 from asyncpipe_workers.models.int4 import Int4Linear
-from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_form
+from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_float_form
 from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears, pack_all
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 
@@ -167,17 +167,17 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> Non
             raise RuntimeError("not on this processor")
 
     forms = {"slow": Slow, "broken": Broken, "plain": PlainLinear}
-    assert quickest_form(forms, (256, 256), torch.float32) == "plain"
+    assert quickest_float_form(forms, (256, 256), torch.float32) == "plain"
     (choices,) = json.loads(cache.read_text()).values()
     assert list(choices.values()) == ["plain"]
     made.clear()
     quickest._remembered.cache_clear()  # as at the next start
-    assert quickest_form(forms, (256, 256), torch.float32) == "plain"
+    assert quickest_float_form(forms, (256, 256), torch.float32) == "plain"
     assert not made
 
 
 def test_a_damaged_memory_of_choices_is_measured_anew(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"a": [1]}')
-    assert quickest_form({"plain": PlainLinear}, (16, 16), torch.float32) == "plain"
+    assert quickest_float_form({"plain": PlainLinear}, (16, 16), torch.float32) == "plain"
     assert "plain" in cache.read_text()

@@ -31,7 +31,8 @@ def quickest(what: str, ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str
     """The name of the way that is best over all its calls, which are of the same work, in the same order, for each.
 
     The first way is preferred where others gain little. One that raises RuntimeError or NotImplementedError is not there on
-    this processor. `what`, the names and the number of threads are what the choice is remembered by.
+    this processor; where none is, that is a NotImplementedError. `what`, the names and the number of threads are what the
+    choice is remembered by.
     """
     key = f"{'|'.join(ways)} {what} {torch.get_num_threads()} threads"
     choices = _remembered()
@@ -47,6 +48,8 @@ def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
     for name, calls in ways.items():
         with contextlib.suppress(RuntimeError, NotImplementedError):
             times[name] = [_seconds(call) for call in calls()]
+    if not times:
+        raise NotImplementedError(f"not on this processor: {', '.join(ways)}")
     first = next(iter(times))
     relative = {
         name: statistics.geometric_mean(own / other for own, other in zip(each, times[first], strict=True))

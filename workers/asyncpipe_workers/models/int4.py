@@ -1,4 +1,4 @@
-"""Products with weights in four bits, in groups along the inputs.
+"""Products with weights in four bits, in groups along the inputs, by torch's kernels.
 
 They are unpacked to bfloat16 in registers, which saves memory traffic and no arithmetic: for few rows.
 
@@ -27,9 +27,11 @@ MIDDLE_CODE = 8  # of the kernels: codes are 0 to 15, and mean code - 8
 
 
 class Int4Linear:
-    """`packed` (O, B) is of `codec`."""
+    """`packed` (O, B) is of `codec`. Raises NotImplementedError for shapes that torch has no kernel for."""
 
     def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
+        if not _fits(codec, len(packed), in_size, device=packed.device):
+            raise NotImplementedError(f"torch has no kernel for ({len(packed)}, {in_size}) in groups of {codec.group_size}")
         pairs_OP = codec.code_pairs(packed, in_size)
         if packed.device.type == "cpu":
             self._weight = lay_out(pairs_OP)
@@ -43,11 +45,6 @@ class Int4Linear:
         self._bias = bias
         self.num_bytes = packed.nbytes
 
-    @staticmethod
-    def fits(codec: GroupCodec, out_size: int, in_size: int, *, device: torch.device) -> bool:
-        multiple = codec.group_size if device.type == "cpu" else math.lcm(codec.group_size, 16 * INNER_TILES)
-        return codec.group_size in GROUPS and in_size % multiple == 0 and out_size % OUTPUTS == 0
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self._out_size)
@@ -55,6 +52,11 @@ class Int4Linear:
         y: torch.Tensor = self._multiply(rows, self._weight, self._group_size, self._scales_zeros_GO2)
         y = y.view(*x.shape[:-1], self._out_size).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
+
+
+def _fits(codec: GroupCodec, out_size: int, in_size: int, *, device: torch.device) -> bool:
+    multiple = codec.group_size if device.type == "cpu" else math.lcm(codec.group_size, 16 * INNER_TILES)
+    return codec.group_size in GROUPS and in_size % multiple == 0 and out_size % OUTPUTS == 0
 
 
 def _scales_zeros(scales_minima_OG2: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Matrix products in the form that this machine computes fastest.
 
-A weight that stays is given its form once, when it is loaded: as it is, or packed by oneDNN for its own kernels, whichever is
-quickest for its shape. Shapes: R rows, I inputs, O outputs.
+A weight that stays is given its form once, when it is loaded: as it is, packed by oneDNN for its own kernels, or laid out for
+products that are compiled here, whichever is quickest for its shape. Shapes: R rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -57,14 +58,22 @@ class PackedLinear:
         return onednn_linear(x, self._weight, self._bias)
 
 
-FLOAT_FORMS: Mapping[str, LinearMaker] = {"plain": PlainLinear, "packed": PackedLinear}
+@functools.cache
+def float_forms() -> Mapping[str, LinearMaker]:
+    forms: dict[str, LinearMaker] = {"plain": PlainLinear, "packed": PackedLinear}
+    with contextlib.suppress(ImportError):
+        from asyncpipe_workers.compiled.linears import CompiledFloatLinear
+
+        forms["compiled"] = CompiledFloatLinear
+    return forms
 
 
 def make_float_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
     """In the quickest form for its shape."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return PlainLinear(weight, bias)
-    return FLOAT_FORMS[quickest_form(FLOAT_FORMS, tuple(weight.shape), weight.dtype)](weight, bias)
+    forms = float_forms()
+    return forms[quickest_float_form(forms, (weight.shape[0], weight.shape[1]), weight.dtype)](weight, bias)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,15 +104,20 @@ def weight_first_is_faster(dtype: torch.dtype) -> bool:
     return quickest(f"{dtype}", ways) == "weight first"
 
 
-def quickest_form(forms: Mapping[str, LinearMaker], shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """The name of the form that is best over few and many rows."""
-
+def quickest_float_form(forms: Mapping[str, LinearMaker], shape: tuple[int, int], dtype: torch.dtype) -> str:
     @functools.cache
     def weight() -> torch.Tensor:
         return torch.randn(shape).mul_(0.02).to(dtype)
 
-    def calls(form: LinearMaker) -> list[Call]:
-        linear = form(weight(), None)
-        return [functools.partial(linear, torch.randn(rows, shape[1]).to(dtype)) for rows in TRIED_ROWS]
+    makers = {name: lambda form=form: form(weight(), None) for name, form in forms.items()}
+    return quickest_form(f"{dtype} {shape[0]}x{shape[1]}", makers, shape[1], dtype)
 
-    return quickest(f"{dtype} {shape[0]}x{shape[1]}", {name: functools.partial(calls, form) for name, form in forms.items()})
+
+def quickest_form(what: str, makers: Mapping[str, Callable[[], ResidentLinear]], in_size: int, dtype: torch.dtype) -> str:
+    """The name of the form that is best over few and many rows, of those that make the same linear."""
+
+    def calls(make: Callable[[], ResidentLinear]) -> list[Call]:
+        linear = make()
+        return [functools.partial(linear, torch.randn(rows, in_size).to(dtype)) for rows in TRIED_ROWS]
+
+    return quickest(what, {name: functools.partial(calls, make) for name, make in makers.items()})

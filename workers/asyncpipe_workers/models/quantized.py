@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from asyncpipe_workers.memory.quantization import Codec, GroupCodec, RowCodec
 from asyncpipe_workers.models.int4 import Int4Linear
-from asyncpipe_workers.models.kernels import PlainLinear, ResidentLinear
+from asyncpipe_workers.models.kernels import PlainLinear, ResidentLinear, quickest_form
 
 ROW_LIMIT = 127.0
 ZERO_POINT = 128  # of inputs, which the kernels take as unsigned bytes
@@ -35,7 +36,8 @@ warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, .* are dep
 
 
 class Int8Linear:
-    """`packed` (O, B) is of a `RowCodec`, on the device to compute on.
+    """`packed` (O, B) is of a `RowCodec`, on the device to compute on. Raises NotImplementedError for shapes that it has no
+    kernel for.
 
     On a CPU there is a quicker form, the same to the last bit, which takes longer to make than to read the weight from disk:
     `pack`, which another thread may call while this computes.
@@ -44,15 +46,13 @@ class Int8Linear:
     def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
         codes_OI, self._scales_O = RowCodec().codes(packed, in_size)
         self._is_on_cpu = packed.device.type == "cpu"
+        if not self._is_on_cpu and (len(packed) % INT8_MULTIPLE or in_size % INT8_MULTIPLE):
+            raise NotImplementedError(f"a GPU's kernel takes multiples of {INT8_MULTIPLE}, not ({len(packed)}, {in_size})")
         self._codes_IO: torch.Tensor | None = (codes_OI if self._is_on_cpu else codes_OI.contiguous()).t()
         self._packed: Any = None  # instead of the codes; oneDNN's or FBGEMM's
         self._out_steps_O = self._scales_O * torch.tensor(1 / ROW_LIMIT)
         self._bias = None if bias is None else bias.float()
         self.num_bytes = packed.nbytes
-
-    @staticmethod
-    def fits(out_size: int, in_size: int, *, device: torch.device) -> bool:
-        return device.type == "cpu" or (out_size % INT8_MULTIPLE == 0 and in_size % INT8_MULTIPLE == 0)
 
     def pack(self) -> None:
         """Where there is no such form, it stays as it is."""
@@ -97,6 +97,22 @@ def pack_all(linears: Sequence[Int8Linear], stop: threading.Event) -> None:
         linear.pack()
 
 
+PackedForm = Callable[[torch.Tensor, int, torch.Tensor | None], ResidentLinear]
+"""Of packed rows (O, B), their number of inputs, and a bias (O,). Raises NotImplementedError for what it is not for."""
+
+
+def packed_forms(codec: Codec, device: torch.device) -> Mapping[str, PackedForm]:
+    """For rows of `codec`; where they are about as quick, the first."""
+    forms: dict[str, PackedForm] = {}
+    if device.type == "cpu":
+        with contextlib.suppress(ImportError):
+            from asyncpipe_workers.compiled.linears import CompiledInt4Linear, CompiledInt8Linear
+
+            forms["compiled"] = partial(CompiledInt4Linear, codec) if isinstance(codec, GroupCodec) else CompiledInt8Linear
+    forms["torch"] = partial(Int4Linear, codec) if isinstance(codec, GroupCodec) else Int8Linear
+    return forms
+
+
 class QuantizedLinears:
     """Makes linears of packed rows, or of numbers, which it packs; they are on `device` then, and compute in `dtype` what no
     kernel is there for."""
@@ -109,16 +125,39 @@ class QuantizedLinears:
 
     def of_packed(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> ResidentLinear:
         """`packed` (O, B) is of `codec`."""
-        packed, codec = packed.to(self._device), self.codec
-        if isinstance(codec, GroupCodec) and Int4Linear.fits(codec, len(packed), in_size, device=self._device):
-            return Int4Linear(codec, packed, in_size, bias)
-        if not Int8Linear.fits(len(packed), in_size, device=self._device):
-            return PlainLinear(codec.decode(packed, in_size, dtype=self._dtype), bias)
-        if not isinstance(codec, RowCodec):
-            packed = RowCodec().encode(codec.decode(packed, in_size, dtype=torch.float32))
-        linear = Int8Linear(packed, in_size, bias)
-        self.to_pack.append(linear)
-        return linear
+        packed = packed.to(self._device)
+        linear = self._in_best_form(self.codec, packed, in_size, bias)
+        if linear is None and not isinstance(self.codec, RowCodec):
+            rows = RowCodec().encode(self.codec.decode(packed, in_size, dtype=torch.float32))
+            linear = self._in_best_form(RowCodec(), rows, in_size, bias)
+        return linear or PlainLinear(self.codec.decode(packed, in_size, dtype=self._dtype), bias)
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
         return self.of_packed(self.codec.encode(weight), weight.shape[1], bias)
+
+    def _in_best_form(
+        self, codec: Codec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None
+    ) -> ResidentLinear | None:
+        """None where no form is for such a shape. One may be for the shape and yet not for these numbers."""
+        forms = packed_forms(codec, self._device)
+        with contextlib.suppress(NotImplementedError):
+            best = self._quickest(codec, forms, (len(packed), in_size)) if len(forms) > 1 else ""
+            for name in sorted(forms, key=lambda name: name != best):
+                with contextlib.suppress(NotImplementedError):
+                    linear = forms[name](packed, in_size, bias)
+                    if isinstance(linear, Int8Linear):
+                        self.to_pack.append(linear)
+                    return linear
+        return None
+
+    def _quickest(self, codec: Codec, forms: Mapping[str, PackedForm], shape: tuple[int, int]) -> str:
+        out_size, in_size = shape
+
+        def make(form: PackedForm) -> ResidentLinear:
+            linear = form(codec.encode(torch.randn(1, in_size)).repeat(out_size, 1), in_size, None)
+            if isinstance(linear, Int8Linear):
+                linear.pack()
+            return linear
+
+        what = f"{codec.compression.num_bits} bits {out_size}x{in_size}"
+        return quickest_form(what, {name: partial(make, form) for name, form in forms.items()}, in_size, self._dtype)

@@ -1,0 +1,156 @@
+"""LLVM's instructions in the terms of kernels: counts, addresses, vectors of one register, loops and variables.
+
+What is built at once, in Python's loops, is unrolled; `loop` is a loop of the kernel's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from llvmlite import ir
+
+BYTE, HALF_WORD, WORD, COUNT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT16, FLOAT32 = ir.HalfType(), ir.FloatType()
+ADDRESS = ir.PointerType()
+NOTHING = ir.VoidType()
+
+READ, KEEP_IN_ALL_CACHES, DATA = 0, 3, 1  # llvm.prefetch's arguments
+
+Count: TypeAlias = ir.Value | int
+
+
+class Builder(ir.IRBuilder):  # type: ignore[misc]
+    """Of a function whose vectors have `lanes` 32-bit lanes."""
+
+    def __init__(self, block: ir.Block, lanes: int) -> None:
+        super().__init__(block)
+        self.lanes = lanes
+        self.floats = ir.VectorType(FLOAT32, lanes)
+        self.words = ir.VectorType(WORD, lanes)
+        self.bytes = ir.VectorType(BYTE, 4 * lanes)
+
+    # --- counts and addresses ---
+
+    def count(self, n: Count) -> ir.Value:
+        return ir.Constant(COUNT, n) if isinstance(n, int) else n
+
+    def plus(self, *counts: Count) -> ir.Value:
+        first, *others = map(self.count, counts)
+        for other in others:
+            first = self.add(first, other)
+        return first
+
+    def times(self, *counts: Count) -> ir.Value:
+        first, *others = map(self.count, counts)
+        for other in others:
+            first = self.mul(first, other)
+        return first
+
+    def over(self, n: Count, divisor: Count) -> ir.Value:
+        return self.udiv(self.count(n), self.count(divisor))
+
+    def at(self, address: ir.Value, offset: Count, of: ir.Type = BYTE) -> ir.Value:
+        """The address of number `offset` of those from `address` on."""
+        return self.gep(address, [self.count(offset)], source_etype=of)
+
+    def read(self, address: ir.Value, of: ir.Type) -> ir.Value:
+        """However it is aligned."""
+        return self.load(address, typ=of, align=1)
+
+    def write(self, value: ir.Value, address: ir.Value) -> None:
+        self.store(value, address, align=1)
+
+    def prefetch(self, address: ir.Value) -> None:
+        how = [ir.Constant(WORD, n) for n in (READ, KEEP_IN_ALL_CACHES, DATA)]
+        self.outside("llvm.prefetch.p0", NOTHING, address, *how)
+
+    # --- vectors ---
+
+    def all_lanes(self, of: ir.VectorType, value: float) -> ir.Constant:
+        return ir.Constant(of, [value] * of.count)
+
+    def spread(self, value: ir.Value) -> ir.Value:
+        """A 32-bit number in every lane."""
+        vector = ir.VectorType(value.type, self.lanes)
+        first = self.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(WORD, 0))
+        return self.ordered(first, [0] * self.lanes)
+
+    def ordered(self, vector: ir.Value, order: Sequence[int]) -> ir.Value:
+        """Lane i is the vector's lane `order[i]`."""
+        indices = ir.Constant(ir.VectorType(WORD, len(order)), list(order))
+        return self.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
+
+    def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c, rounded once."""
+        return self.outside(f"llvm.fma.v{self.lanes}f32", self.floats, a, b, c)
+
+    def magnitudes(self, x: ir.Value) -> ir.Value:
+        return self.outside(f"llvm.fabs.v{self.lanes}f32", self.floats, x)
+
+    def larger(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Lane by lane; of a NaN and a number, the NaN."""
+        return self.outside(f"llvm.maximum.v{self.lanes}f32", self.floats, a, b)
+
+    def largest(self, x: ir.Value) -> ir.Value:
+        """Of all lanes."""
+        return self.outside(f"llvm.vector.reduce.fmaximum.v{self.lanes}f32", FLOAT32, x)
+
+    def nearest(self, x: ir.Value) -> ir.Value:
+        """Integers, halves to even ones."""
+        return self.fptosi(self.outside(f"llvm.rint.v{self.lanes}f32", self.floats, x), self.words)
+
+    def sum(self, x: ir.Value) -> ir.Value:
+        """Of all lanes of integers."""
+        return self.outside(f"llvm.vector.reduce.add.v{self.lanes}i32", WORD, x)
+
+    def dot_of_bytes(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+        """Each lane of `sums`, plus its four bytes of one times its four bytes of the other."""
+        return self.outside(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", self.words, sums, unsigned, signed)
+
+    # --- control ---
+
+    def outside(self, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+        """A call of one of LLVM's functions, or the process's."""
+        if name not in self.module.globals:
+            ir.Function(self.module, ir.FunctionType(result, [arg.type for arg in args]), name)
+        return self.call(self.module.globals[name], args)
+
+    def variable(self, value: ir.Value) -> Variable:
+        with self.goto_entry_block():
+            place = self.alloca(value.type)
+        variable = Variable(self, place, value.type)
+        variable.set(value)
+        return variable
+
+    @contextmanager
+    def loop(self, start: Count, stop: Count, step: int = 1) -> Iterator[ir.Value]:
+        """From `start` as long as it is below `stop`."""
+        head, body, after = (self.append_basic_block() for _ in range(3))
+        before = self.block
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(COUNT)
+        index.add_incoming(self.count(start), before)
+        self.cbranch(self.icmp_signed("<", index, self.count(stop)), body, after)
+        self.position_at_end(body)
+        yield index
+        index.add_incoming(self.plus(index, step), self.block)
+        self.branch(head)
+        self.position_at_end(after)
+
+
+class Variable:
+    """What changes in loops. LLVM keeps it in a register."""
+
+    def __init__(self, builder: Builder, place: ir.Value, of: ir.Type) -> None:
+        self._builder = builder
+        self._place = place
+        self._type = of
+
+    def get(self) -> ir.Value:
+        return self._builder.load(self._place, typ=self._type)
+
+    def set(self, value: ir.Value) -> None:
+        self._builder.store(value, self._place)

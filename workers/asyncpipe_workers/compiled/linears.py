@@ -1,0 +1,92 @@
+"""y = x W^T + b with weights laid out for compiled products.
+
+Shapes: R rows, I inputs, O outputs, C outputs of a panel, P panels, W words of a row, B bytes of a packed row, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from asyncpipe_workers.compiled.compiler import CompiledProduct, compiled
+from asyncpipe_workers.compiled.products import UNROLLED, FloatProduct, Int4Product, Int8Product, scratch_bytes
+from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+
+
+class CompiledLinear:
+    """(..., I) to (..., O)."""
+
+    def __init__(
+        self, product: CompiledProduct, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
+    ) -> None:
+        """`words_OW` are int32; `scales` are laid out already. `num_groups` of a row are quantized each by itself."""
+        self._product = product
+        self._out_size = len(words_OW)
+        self._weight_PWC = lay_out(words_OW, product.panel_size)
+        self._scales = scales
+        self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), product.panel_size)
+        self._num_groups = num_groups
+        self.num_bytes = words_OW.numel() * words_OW.itemsize + scales.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows_RI = x.reshape(-1, x.shape[-1]).float().contiguous()
+        y_RO = torch.empty(len(rows_RI), len(self._bias))
+        scratch = torch.empty(scratch_bytes(len(rows_RI), rows_RI.shape[1], self._num_groups), dtype=torch.uint8)
+        self._product(rows_RI, y_RO, self._weight_PWC, self._scales, self._bias, scratch)
+        return y_RO[:, : self._out_size].reshape(*x.shape[:-1], self._out_size).to(x.dtype)
+
+
+class CompiledFloatLinear(CompiledLinear):
+    """`weight` (O, I) is float32. Raises NotImplementedError where there is no such product."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        if weight.dtype != torch.float32 or weight.shape[1] % UNROLLED:
+            raise NotImplementedError(f"no compiled product for {weight.dtype} and {weight.shape[1]} inputs")
+        super().__init__(compiled(FloatProduct), weight.contiguous().view(torch.int32), torch.empty(0), bias, num_groups=0)
+
+
+class CompiledInt8Linear(CompiledLinear):
+    """`packed` (O, B) is of a `RowCodec`. Raises NotImplementedError where there is no such product."""
+
+    def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
+        if in_size % (UNROLLED * Int8Product.word_inputs):
+            raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
+        product = compiled(Int8Product)
+        codes_OI, scales_O = RowCodec().codes(packed, in_size)
+        super().__init__(product, codes_OI.view(torch.int32), _padded(scales_O, product.panel_size), bias, num_groups=1)
+
+
+class CompiledInt4Linear(CompiledLinear):
+    """`packed` (O, B) is of `codec`. Raises NotImplementedError where there is no such product."""
+
+    def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
+        if codec.group_size % (UNROLLED * Int4Product.word_inputs) or in_size % codec.group_size:
+            raise NotImplementedError(f"no compiled product for {in_size} inputs in groups of {codec.group_size}")
+        product = compiled(Int4Product, codec.group_size)
+        steps_minima_OG2 = codec.scales_minima(packed, in_size).float()
+        steps_minima_OG2[..., 0].reciprocal_()
+        halves_OG2 = steps_minima_OG2.half()
+        if not halves_OG2.isfinite().all():
+            raise NotImplementedError("no compiled product for steps that float16 cannot hold")
+        words_OW = codec.code_pairs(packed, in_size).view(torch.int32)
+        panels_PCG2 = _padded(halves_OG2, product.panel_size).view(-1, product.panel_size, *halves_OG2.shape[1:])
+        scales_PG2C = panels_PCG2.permute(0, 2, 3, 1).contiguous()
+        super().__init__(product, words_OW, scales_PG2C, bias, num_groups=in_size // codec.group_size)
+
+
+def lay_out(words_OW: torch.Tensor, panel_size: int) -> torch.Tensor:
+    """(P, W, C), the last panel filled with zeros."""
+    num_words = words_OW.shape[1]
+    num_full, num_left = divmod(len(words_OW), panel_size)
+    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, panel_size, dtype=torch.int32)
+    full_OW = words_OW[: num_full * panel_size]
+    panels_PWC[:num_full] = full_OW.view(num_full, panel_size, num_words).transpose(1, 2)
+    if num_left:
+        panels_PWC[num_full] = 0
+        panels_PWC[num_full, :, :num_left] = words_OW[len(full_OW) :].t()
+    return panels_PWC
+
+
+def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """With zeros, in the first dimension."""
+    return F.pad(x, [0, 0] * (x.ndim - 1) + [0, -len(x) % multiple])

@@ -1,0 +1,366 @@
+"""The instructions of y = x W^T + b, for weights in float32, eight bits and four bits.
+
+A weight is words of 32 bits: one number of 32 bits, four of eight, eight of four. The words of as many outputs as two
+registers have lanes are a panel: word after word, and in each word output after output. So the weight is read once, from its
+beginning to its end, and no sum goes from lane to lane. A thread has some of the panels, and multiplies each with a few rows at
+a time, whose sums stay in registers.
+
+With weights in eight and four bits, rows are quantized too, each group of inputs by its own largest magnitude (with eight bits
+a group is a whole row), and products are sums of integers, which are exact: a row's result does not depend on what else is in
+the batch. A NaN makes its row's results NaN.
+
+Threads are those of OpenMP that torch computes with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llvmlite import ir
+
+from asyncpipe_workers.compiled.builder import (
+    ADDRESS,
+    BYTE,
+    COUNT,
+    FLOAT16,
+    FLOAT32,
+    HALF_WORD,
+    NOTHING,
+    WORD,
+    Builder,
+    Count,
+)
+
+ENTRY = "product"
+ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
+COUNTS = ("rows", "inputs", "outputs", "threads")
+"""The entry's arguments, of 64 bits. x (rows, inputs), y (rows, outputs) and bias are float32; outputs fill the panels."""
+OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+PANEL_VECTORS = 2
+TILES = (8, 4, 2, 1)  # rows at a time: the sums of eight leave half of the registers for other things
+UNROLLED = 4  # words
+CHAINS = 8  # of sums that do not wait for each other, where few rows would have fewer
+ASKING_ROWS = 8  # at a time; with fewer, the processor asks for the weight early enough by itself
+ASKED_BYTES = 1024  # ahead
+
+MAX_CODE = 127.0
+TINY = 1e-30  # instead of the largest magnitude of zeros
+OFFSET = 128  # of weights in eight bits: the instruction takes them unsigned
+NIBBLE = 4  # bits
+
+
+def scratch_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
+    """For quantized rows: codes, and two words for each group."""
+    return num_rows * (num_inputs + 8 * num_groups) if num_groups else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    weight: ir.Value
+    scales: ir.Value
+    first_output: ir.Value
+
+
+class Product(ABC):
+    """A module whose function `ENTRY` multiplies, in vectors of `lanes` 32-bit lanes."""
+
+    word_inputs: ClassVar[int]
+    zeros: ir.Value  # of sums
+
+    def __init__(self, lanes: int, group_size: int | None = None) -> None:
+        """`group_size` of inputs; None: all are one group."""
+        self.module = ir.Module()
+        self.lanes = lanes
+        self.panel_size = PANEL_VECTORS * lanes  # outputs
+        work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), "work")
+        self._build_entry(work)
+        b = self.b = Builder(work.append_basic_block(), lanes)
+        self._read_arguments(work.args[0])
+        self.group_inputs = b.count(group_size or self.inputs)
+        self.groups = b.over(self.inputs, self.group_inputs)
+        self._build_work()
+
+    # --- what kinds of weights differ in ---
+
+    @abstractmethod
+    def prepare_rows(self) -> None: ...
+
+    @abstractmethod
+    def row_words(self, row: ir.Value) -> ir.Value:
+        """The address of what is multiplied with a weight's words."""
+
+    @abstractmethod
+    def panel_scales(self, panel: ir.Value) -> ir.Value: ...
+
+    @abstractmethod
+    def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value: ...
+
+    @abstractmethod
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        """A vector of the weight's words as the vectors that are multiplied, one after the other, with words of a row."""
+
+    @abstractmethod
+    def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value: ...
+
+    @abstractmethod
+    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value: ...
+
+    @abstractmethod
+    def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
+        """`total` (floats) and what a group's sums are worth; `scales` as `group_scales` gives them."""
+
+    @abstractmethod
+    def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]: ...
+
+    # --- what they have in common ---
+
+    def _build_entry(self, work: ir.Function) -> None:
+        """Keeps the arguments in memory, where all threads find them."""
+        types = [COUNT] * len(ADDRESSES + COUNTS)
+        entry = ir.Function(self.module, ir.FunctionType(NOTHING, types), ENTRY)
+        b = Builder(entry.append_basic_block(), self.lanes)
+        kept = b.alloca(COUNT, len(types))
+        for n, argument in enumerate(entry.args):
+            b.store(argument, b.at(kept, n, COUNT))
+        parallel = ir.FunctionType(NOTHING, [ADDRESS, ADDRESS, WORD, WORD])
+        run_on_threads = ir.Function(self.module, parallel, "GOMP_parallel")
+        b.call(run_on_threads, [work, kept, b.trunc(entry.args[-1], WORD), ir.Constant(WORD, 0)])
+        b.ret_void()
+
+    def _read_arguments(self, kept: ir.Value) -> None:
+        b = self.b
+        places = iter(range(len(ADDRESSES + COUNTS)))
+        self.x, self.y, self.weight, self.scales, self.bias, self.scratch = (
+            b.load(b.at(kept, next(places), COUNT), typ=ADDRESS) for _ in ADDRESSES
+        )
+        self.rows, self.inputs, self.outputs, _ = (b.load(b.at(kept, next(places), COUNT), typ=COUNT) for _ in COUNTS)
+
+    def _build_work(self) -> None:
+        b = self.b
+        self.prepare_rows()
+        words = b.over(self.inputs, self.word_inputs)
+        with self.own_share(b.over(self.outputs, self.panel_size)) as n:
+            first_output = b.times(n, self.panel_size)
+            panel = Panel(b.at(self.weight, b.times(first_output, words), WORD), self.panel_scales(n), first_output)
+            done: Count = 0
+            for tile in TILES:
+                num_tiles = b.over(b.sub(self.rows, b.count(done)), tile)
+                with b.loop(0, num_tiles) as which:
+                    first_row = b.plus(done, b.times(which, tile))
+                    self._multiply(panel, [b.plus(first_row, row) for row in range(tile)])
+                done = b.plus(done, b.times(num_tiles, tile))
+        b.ret_void()
+
+    @contextmanager
+    def own_share(self, total: ir.Value) -> Iterator[ir.Value]:
+        """A loop over a thread's part of 0 to `total`."""
+        b = self.b
+        thread, threads = (b.zext(b.outside(name, WORD), COUNT) for name in ("omp_get_thread_num", "omp_get_num_threads"))
+        bounds = [b.over(b.times(total, b.plus(thread, n)), threads) for n in range(2)]
+        with b.loop(*bounds) as index:
+            yield index
+
+    def _multiply(self, panel: Panel, rows: Sequence[ir.Value]) -> None:
+        b = self.b
+        vectors = range(PANEL_VECTORS)
+        columns = [b.plus(panel.first_output, vector * self.lanes) for vector in vectors]
+        totals = {
+            (row, vector): b.variable(b.read(b.at(self.bias, columns[vector], FLOAT32), b.floats))
+            for row in rows
+            for vector in vectors
+        }
+        with b.loop(0, self.groups) as group:
+            sums = self._sums(panel, rows, group)
+            for vector in vectors:
+                scales = self.group_scales(panel, group, vector)
+                for row in rows:
+                    total = totals[row, vector]
+                    total.set(self.scaled(total.get(), sums[row, vector], row, group, scales))
+        for (row, vector), total in totals.items():
+            b.write(total.get(), b.at(self.y, b.plus(b.times(row, self.outputs), columns[vector]), FLOAT32))
+
+    def _sums(self, panel: Panel, rows: Sequence[ir.Value], group: ir.Value) -> dict[tuple[ir.Value, int], ir.Value]:
+        """Of one group, for each row and vector of outputs."""
+        b = self.b
+        num_chains = min(max(CHAINS // (len(rows) * PANEL_VECTORS), 1), UNROLLED)
+        sums = {
+            (row, vector): [b.variable(self.first_sum(row, group) if chain == 0 else self.zeros) for chain in range(num_chains)]
+            for row in rows
+            for vector in range(PANEL_VECTORS)
+        }
+        words = b.over(self.group_inputs, self.word_inputs)
+        first_word = b.times(group, words)
+        with b.loop(first_word, b.plus(first_word, words), UNROLLED) as first:
+            for n in range(UNROLLED):
+                word = b.plus(first, n)
+                for vector in range(PANEL_VECTORS):
+                    place = b.at(panel.weight, b.plus(b.times(word, self.panel_size), vector * self.lanes), WORD)
+                    if len(rows) >= ASKING_ROWS:
+                        b.prefetch(b.at(place, ASKED_BYTES))
+                    parts = self.parts(b.read(place, b.words))
+                    for m, part in enumerate(parts):
+                        for row in rows:
+                            row_word = b.read(b.at(self.row_words(row), b.plus(b.times(word, len(parts)), m), WORD), WORD)
+                            chain = sums[row, vector][n % num_chains]
+                            chain.set(self.add_product(chain.get(), part, b.spread(row_word)))
+        return {key: self._joined_all([chain.get() for chain in chains]) for key, chains in sums.items()}
+
+    def _joined_all(self, sums: Sequence[ir.Value]) -> ir.Value:
+        first, *others = sums
+        for other in others:
+            first = self.joined(first, other)
+        return first
+
+
+class FloatProduct(Product):
+    """No scales, no scratch."""
+
+    word_inputs = 1
+
+    def prepare_rows(self) -> None:
+        self.zeros = self.b.all_lanes(self.b.floats, 0.0)
+
+    def row_words(self, row: ir.Value) -> ir.Value:
+        return self.b.at(self.x, self.b.times(row, self.inputs), FLOAT32)
+
+    def panel_scales(self, panel: ir.Value) -> ir.Value:
+        return self.scales
+
+    def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value:
+        return self.zeros
+
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        return [self.b.bitcast(words, self.b.floats)]
+
+    def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value:
+        return self.b.fused(part, self.b.bitcast(row_word, self.b.floats), sums)
+
+    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value:
+        return self.b.fadd(sums, others)
+
+    def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]:
+        return []
+
+    def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
+        return self.b.fadd(total, sums)
+
+
+class _IntegerProduct(Product):
+    """In scratch are the rows' codes (rows, inputs), then for each group of each row what its codes' unit is worth (float32),
+    then the sum of its codes (int32)."""
+
+    def prepare_rows(self) -> None:
+        b = self.b
+        self.zeros = b.all_lanes(b.words, 0)
+        num_groups = b.times(self.rows, self.groups)
+        self.units = b.at(self.scratch, b.times(self.rows, self.inputs))
+        self.code_sums = b.at(self.units, num_groups, FLOAT32)
+        with self.own_share(num_groups) as group:
+            self._quantize(group)
+        b.outside("GOMP_barrier", NOTHING)
+
+    def _quantize(self, group: ir.Value) -> None:
+        """Number `group` of all groups of all rows."""
+        b = self.b
+        numbers = b.at(self.x, b.times(group, self.group_inputs), FLOAT32)
+        codes = b.at(self.scratch, b.times(group, self.group_inputs))
+        largest = b.variable(b.all_lanes(b.floats, 0.0))
+        with b.loop(0, self.group_inputs, self.lanes) as n:
+            magnitudes = b.magnitudes(b.read(b.at(numbers, n, FLOAT32), b.floats))
+            largest.set(b.larger(largest.get(), magnitudes))
+        limit = b.largest(largest.get())
+        tiny = ir.Constant(FLOAT32, TINY)
+        limit = b.select(b.fcmp_ordered("<", limit, tiny), tiny, limit)  # a NaN stays
+        b.write(b.fdiv(limit, ir.Constant(FLOAT32, MAX_CODE)), b.at(self.units, group, FLOAT32))
+        factor = b.spread(b.fdiv(ir.Constant(FLOAT32, MAX_CODE), limit))
+        code_sum = b.variable(self.zeros)
+        with b.loop(0, self.group_inputs, self.lanes) as n:
+            found = b.nearest(b.fmul(b.read(b.at(numbers, n, FLOAT32), b.floats), factor))
+            code_sum.set(b.add(code_sum.get(), found))
+            b.write(self.as_multiplied(b.trunc(found, ir.VectorType(BYTE, self.lanes))), b.at(codes, n))
+        b.write(b.sum(code_sum.get()), b.at(self.code_sums, group, WORD))
+
+    def as_multiplied(self, codes: ir.Value) -> ir.Value:
+        """A row's codes in the order in which a weight's parts have them."""
+        return codes
+
+    def row_words(self, row: ir.Value) -> ir.Value:
+        return self.b.at(self.scratch, self.b.times(row, self.inputs))
+
+    def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value:
+        return self.b.dot_of_bytes(sums, part, self.b.bitcast(row_word, self.b.bytes))
+
+    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value:
+        return self.b.add(sums, others)
+
+    def of_row_group(self, kept: ir.Value, row: ir.Value, group: ir.Value, of: ir.Type) -> ir.Value:
+        b = self.b
+        return b.spread(b.read(b.at(kept, b.plus(b.times(row, self.groups), group), of), of))
+
+
+class Int8Product(_IntegerProduct):
+    """Scales are float32, one for each output."""
+
+    word_inputs = 4
+
+    def panel_scales(self, panel: ir.Value) -> ir.Value:
+        return self.b.at(self.scales, self.b.times(panel, self.panel_size), FLOAT32)
+
+    def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value:
+        """What `parts` adds too much, less than nothing."""
+        code_sum = self.of_row_group(self.code_sums, row, group, WORD)
+        return self.b.mul(code_sum, self.b.all_lanes(self.b.words, -OFFSET))
+
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        b = self.b
+        return [b.xor(b.bitcast(words, b.bytes), b.all_lanes(b.bytes, OFFSET))]
+
+    def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]:
+        return [self.b.read(self.b.at(panel.scales, vector * self.lanes, FLOAT32), self.b.floats)]
+
+    def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
+        b, (scale,) = self.b, scales
+        unit = self.of_row_group(self.units, row, group, FLOAT32)
+        return b.fused(b.sitofp(sums, b.floats), b.fmul(scale, unit), total)
+
+
+class Int4Product(_IntegerProduct):
+    """The two codes of a byte are of neighbouring inputs, the even one in the high half. Scales are float16: for each group of
+    a panel, its outputs' steps, then their minima (x = code * step + minimum)."""
+
+    word_inputs = 8
+
+    def as_multiplied(self, codes: ir.Value) -> ir.Value:
+        """Of eight neighbours, those of even inputs first."""
+        eights = range(0, self.lanes, self.word_inputs)
+        return self.b.ordered(codes, [eight + odd + 2 * n for eight in eights for odd in range(2) for n in range(4)])
+
+    def panel_scales(self, panel: ir.Value) -> ir.Value:
+        return self.b.at(self.scales, self.b.times(panel, self.groups, 2 * self.panel_size), FLOAT16)
+
+    def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value:
+        return self.zeros
+
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        b = self.b
+        pairs = ir.VectorType(HALF_WORD, 2 * self.lanes)  # no processor shifts bytes
+        shifted = b.lshr(b.bitcast(words, pairs), b.all_lanes(pairs, NIBBLE))
+        return [b.and_(b.bitcast(half, b.bytes), b.all_lanes(b.bytes, (1 << NIBBLE) - 1)) for half in (shifted, words)]
+
+    def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]:
+        b = self.b
+        halves = ir.VectorType(FLOAT16, self.lanes)
+        steps = b.at(panel.scales, b.plus(b.times(group, 2 * self.panel_size), vector * self.lanes), FLOAT16)
+        return [b.fpext(b.read(place, halves), b.floats) for place in (steps, b.at(steps, self.panel_size, FLOAT16))]
+
+    def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
+        b, (step, minimum) = self.b, scales
+        unit = self.of_row_group(self.units, row, group, FLOAT32)
+        code_sum = b.sitofp(self.of_row_group(self.code_sums, row, group, WORD), b.floats)
+        total = b.fused(b.sitofp(sums, b.floats), b.fmul(step, unit), total)
+        return b.fused(minimum, b.fmul(code_sum, unit), total)
