@@ -1,6 +1,6 @@
 """The quickest of several ways to compute the same, on this machine.
 
-Which that is differs between processors by up to three times, either way. So it is measured, in some milliseconds, and
+Which that is differs between processors by up to three times, either way. So it is measured, in a part of a second, and
 remembered on disk.
 """
 
@@ -20,7 +20,9 @@ import torch
 
 from asyncpipe.cache_dir import cache_dir
 
-TRIALS = 4
+MIN_TRIALS = 3
+MAX_TRIALS = 100
+TRIAL_S = 0.02  # of trials of one call, where there are neither too few nor too many
 MIN_GAIN = 0.9  # of the first way's time: what is not quicker than that is not worth another way
 CACHE_FILE = "kernels.json"
 
@@ -60,13 +62,14 @@ def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
 
 
 def _seconds(call: Call) -> float:
-    """The best of some trials, the first of which warms up."""
-    times = []
-    for _ in range(TRIALS):
+    """The best of some trials, after one that warms up."""
+    call()
+    times: list[float] = []
+    while len(times) < MIN_TRIALS or (sum(times) < TRIAL_S and len(times) < MAX_TRIALS):
         start_s = time.perf_counter()
         call()
         times.append(time.perf_counter() - start_s)
-    return min(times[1:])
+    return min(times)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from asyncpipe_workers.compiled.products import ADDRESSES, COUNTS, ENTRY, OPENMP
 
 SPEED_LEVEL = 2
 
-# What vectors of so many lanes need; the widest come first.
-FLOAT_FEATURES: Mapping[int, Sequence[str]] = {16: ["avx512f"], 8: ["avx2", "fma"]}
-INTEGER_FEATURES: Mapping[int, Sequence[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"], 8: ["avx2", "fma", "avxvnni"]}
+# What vectors of so many lanes need.
+FLOAT_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma"]}
+INTEGER_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"], 8: ["avx2", "fma", "avxvnni"]}
 
 
 def lanes_of(kind: type[Product]) -> int:
@@ -26,8 +25,8 @@ def lanes_of(kind: type[Product]) -> int:
         raise NotImplementedError("products are compiled for x86-64 processors and GNU's OpenMP only")
     features = llvm.get_host_cpu_features()
     widths = FLOAT_FEATURES if issubclass(kind, FloatProduct) else INTEGER_FEATURES
-    for lanes, needed in widths.items():
-        if all(features.get(name) for name in needed):
+    for lanes in sorted(widths, reverse=True):
+        if all(features.get(name) for name in widths[lanes]):
             return lanes
     raise NotImplementedError(f"this processor lacks what {kind.__name__} needs: one of {', '.join(map(str, widths.values()))}")
 
@@ -51,10 +50,14 @@ class CompiledProduct:
         self._function(*[each.data_ptr() for each in (x, y, *others)], *x.shape, y.shape[1], torch.get_num_threads())
 
 
-@functools.cache
 def compiled(kind: type[Product], group_size: int | None = None) -> CompiledProduct:
     """Takes a quarter of a second the first time. Raises NotImplementedError where `lanes_of` does."""
-    return CompiledProduct(kind(lanes_of(kind), group_size))
+    return _compiled(kind, lanes_of(kind), group_size)
+
+
+@functools.cache
+def _compiled(kind: type[Product], lanes: int, group_size: int | None) -> CompiledProduct:
+    return CompiledProduct(kind(lanes, group_size))
 
 
 def _machine() -> Any:
