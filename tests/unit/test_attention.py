@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from asyncpipe_workers import attention, gathered
+from asyncpipe_workers import attention
 from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk
 from asyncpipe_workers.layout import Row, StepLayout
 from asyncpipe_workers.memory import kv as kv_memory
 from asyncpipe_workers.memory.kv import ArenaKV, KVCache, KVShape, PagedKV
+from asyncpipe_workers.newest import NewestAttention
 
 HEAD_SIZE = 16
 
@@ -84,18 +86,32 @@ def kv_shape(groups: int) -> KVShape:
     )
 
 
-@pytest.mark.parametrize("way", ["products", "gathered at once", "gathered by lengths"])
+@pytest.fixture(params=["products", "compiled"])
+def rows_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For newest tokens, however this machine would choose."""
+
+    def newest_attention(**what: Any) -> NewestAttention | None:
+        return NewestAttention(**what) if request.param == "compiled" else None
+
+    if request.param == "compiled":
+        try:
+            NewestAttention(shared=1, size=HEAD_SIZE, softcap=None)
+        except (ImportError, NotImplementedError) as error:
+            pytest.skip(str(error))
+    monkeypatch.setattr(kv_memory, "newest_attention", newest_attention)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("rows_way")
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [(9,), (20, 20, 20), (5, 21, 1, 13)], ids=str)
 @pytest.mark.parametrize(
     "form", [PLAIN, AttentionForm(window=7), AttentionForm(softcap=2.0), AttentionForm(window=3, softcap=0.5)], ids=str
 )
 def test_rows_of_several_sequences_give_what_the_definition_gives(
-    form: AttentionForm, lengths: tuple[int, ...], groups: int, way: str, monkeypatch: pytest.MonkeyPatch
+    form: AttentionForm, lengths: tuple[int, ...], groups: int
 ) -> None:
     """However their lengths differ, and wherever in the cache they are."""
-    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: way != "products")
-    monkeypatch.setattr(gathered, "MAX_WASTE", 0 if way == "gathered by lengths" else 10_000)
     generator, shape = torch.Generator().manual_seed(0), kv_shape(groups)
     kept = [KeysValues(*(torch.randn(n, groups, HEAD_SIZE, generator=generator) for _ in range(2))) for n in lengths]
     q_NHK = torch.randn(len(lengths), 4, HEAD_SIZE, generator=generator)
@@ -111,8 +127,8 @@ def test_rows_of_several_sequences_give_what_the_definition_gives(
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_of_different_windows_in_one_step_do_not_share_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_memory, "gathering_is_quicker", lambda **_: True)
+@pytest.mark.usefixtures("rows_way")
+def test_layers_of_different_windows_in_one_step_do_not_share_masks() -> None:
     cache, newest = ArenaKV(kv_shape(1), num_blocks=8), torch.ones(2, 1, HEAD_SIZE)
     rows = [Row(cache.open(), length) for length in (2, 4)]
     for row in rows:

@@ -19,7 +19,8 @@ if platform.machine() != "x86_64":
 from llvmlite import binding as llvm
 
 from asyncpipe_workers.compiled import compiler
-from asyncpipe_workers.compiled.compiler import FLOAT_FEATURES, INTEGER_FEATURES, lanes_of
+from asyncpipe_workers.compiled.compiler import lanes_of
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, FLOAT_FEATURES
 from asyncpipe_workers.compiled.linears import CompiledFloatLinear, CompiledInt4Linear, CompiledInt8Linear, lay_out
 from asyncpipe_workers.compiled.products import FloatProduct, Int4Product, Int8Product, Product
 
@@ -61,10 +62,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products have vectors of so many; a processor with wide ones has narrow ones too."""
     if request.param == 8:
-        for features in (FLOAT_FEATURES, INTEGER_FEATURES):
+        for features in (FLOAT_FEATURES, BYTE_FEATURES):
             monkeypatch.delitem(features, 16)
         if not llvm.get_host_cpu_features().get("avxvnni"):
-            monkeypatch.setitem(INTEGER_FEATURES, 8, ["avx512vnni", "avx512vl"])
+            monkeypatch.setitem(BYTE_FEATURES, 8, ["avx512vnni", "avx512vl"])
     if lanes_of(FloatProduct) != request.param:
         pytest.skip(f"this processor has no vectors of {request.param} floats")
 

@@ -81,6 +81,8 @@ class GroupCache(SpanCache, Protocol):
 
 def attend(qkv: QKV, layout: StepLayout, cache: SpanCache, layer: int, form: AttentionForm) -> torch.Tensor:
     """(T, H, K). The rows' keys and values are written to `cache`."""
+    if len(layout.rows) == len(qkv.q_THK):
+        return cache.attend_rows(layer, qkv, layout, form)
     out_THK = torch.empty_like(qkv.q_THK)
     if layout.rows:
         out_THK[: len(layout.rows)] = cache.attend_rows(layer, qkv, layout, form)

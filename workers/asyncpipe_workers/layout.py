@@ -15,8 +15,8 @@ import torch
 from asyncpipe_workers.sampling import Sampler
 
 if TYPE_CHECKING:
-    from asyncpipe_workers.gathered import GatheredRows
     from asyncpipe_workers.models.rope import Rope, Rotation
+    from asyncpipe_workers.newest import Seen
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class StepLayout:
     sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
     sampled_rows: torch.Tensor | None = None  # of each
     groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
-    gathered: dict[int | None, GatheredRows] = field(default_factory=dict)  # the same where rows are gathered
+    seen: dict[int | None, Seen] = field(default_factory=dict)  # by the rows; the same where they need no groups
     prompt_lens: list[int] = field(default_factory=list)  # T; of each row's sequence
     rotations: dict[Rope, Rotation] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
     fixed: FixedRows | None = None  # of all rows, in place of `rows`, when they are on the device

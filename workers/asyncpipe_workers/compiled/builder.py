@@ -18,6 +18,12 @@ NOTHING = ir.VoidType()
 
 READ, KEEP_IN_ALL_CACHES, DATA = 0, 3, 1  # llvm.prefetch's arguments
 
+LOG2_E = 1.4426950408889634
+LN_2 = (0.693359375, -2.12194440e-4)  # as two numbers, for one would lose the last bits
+EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
+MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0
+EXPONENT_BIAS, MANTISSA_BITS = 127, 23
+
 Count: TypeAlias = ir.Value | int
 
 
@@ -102,8 +108,35 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         return self.fptosi(self.outside(f"llvm.rint.v{self.lanes}f32", self.floats, x), self.words)
 
     def sum(self, x: ir.Value) -> ir.Value:
-        """Of all lanes of integers."""
-        return self.outside(f"llvm.vector.reduce.add.v{self.lanes}i32", WORD, x)
+        """Of all lanes."""
+        if x.type == self.words:
+            return self.outside(f"llvm.vector.reduce.add.v{self.lanes}i32", WORD, x)
+        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
+        if name not in self.module.globals:
+            ir.Function(self.module, ir.FunctionType(FLOAT32, [FLOAT32, self.floats]), name)
+        return self.call(self.module.globals[name], [ir.Constant(FLOAT32, 0.0), x], fastmath=["reassoc"])
+
+    def smaller_or(self, x: ir.Value, bound: float) -> ir.Value:
+        """At most `bound`; a NaN stays."""
+        limit = self.all_lanes(self.floats, bound)
+        return self.select(self.fcmp_ordered(">", x, limit), limit, x)
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """To about a bit, between the exponents of float32, and never zero. As Cephes has it (Moshier 1989): 2^n e^r."""
+        floor = self.all_lanes(self.floats, MIN_EXPONENT)
+        x = self.smaller_or(self.select(self.fcmp_ordered("<", x, floor), floor, x), MAX_EXPONENT)
+        whole = self.outside(f"llvm.rint.v{self.lanes}f32", self.floats, self.fmul(x, self.all_lanes(self.floats, LOG2_E)))
+        for part in LN_2:
+            x = self.fused(whole, self.all_lanes(self.floats, -part), x)
+        series = self.all_lanes(self.floats, EXP_SERIES[0])
+        for factor in EXP_SERIES[1:]:
+            series = self.fused(series, x, self.all_lanes(self.floats, factor))
+        exponent = self.add(self.fptosi(whole, self.words), self.all_lanes(self.words, EXPONENT_BIAS))
+        return self.fmul(series, self.bitcast(self.shl(exponent, self.all_lanes(self.words, MANTISSA_BITS)), self.floats))
+
+    def tanh(self, x: ir.Value) -> ir.Value:
+        one, two = (self.all_lanes(self.floats, n) for n in (1.0, 2.0))
+        return self.fsub(one, self.fdiv(two, self.fadd(self.exp(self.fmul(x, two)), one)))
 
     def dot_of_bytes(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
         """Each lane of `sums`, plus its four bytes of one times its four bytes of the other."""

@@ -5,59 +5,58 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from llvmlite import binding as llvm
 
-from asyncpipe_workers.compiled.products import ADDRESSES, COUNTS, ENTRY, OPENMP, FloatProduct, Product
+from asyncpipe_workers.compiled.kernel import ENTRY, OPENMP, Kernel
 
 SPEED_LEVEL = 2
 
-# What vectors of so many lanes need.
-FLOAT_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma"]}
-INTEGER_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"], 8: ["avx2", "fma", "avxvnni"]}
 
+class CompiledKernel:
+    """A function of this process. May be called from several threads at once."""
 
-def lanes_of(kind: type[Product]) -> int:
-    """Of the widest vectors in which this machine can compute a product. Raises NotImplementedError if in none."""
-    if platform.machine() not in ("x86_64", "AMD64") or not all(hasattr(ctypes.CDLL(None), name) for name in OPENMP):
-        raise NotImplementedError("products are compiled for x86-64 processors and GNU's OpenMP only")
-    features = llvm.get_host_cpu_features()
-    widths = FLOAT_FEATURES if issubclass(kind, FloatProduct) else INTEGER_FEATURES
-    for lanes in sorted(widths, reverse=True):
-        if all(features.get(name) for name in widths[lanes]):
-            return lanes
-    raise NotImplementedError(f"this processor lacks what {kind.__name__} needs: one of {', '.join(map(str, widths.values()))}")
-
-
-class CompiledProduct:
-    """Of one kind of weights. May be called from several threads at once."""
-
-    def __init__(self, product: Product) -> None:
-        self.panel_size = product.panel_size
+    def __init__(self, kernel: Kernel) -> None:
+        self.lanes = kernel.lanes
         machine = _machine()
-        module = llvm.parse_assembly(str(product.module))
+        module = llvm.parse_assembly(str(kernel.module))
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=SPEED_LEVEL))
         passes.getModulePassManager().run(module, passes)
         self._engine = llvm.create_mcjit_compiler(module, machine)  # the function lives as long as it does
         self._engine.finalize_object()
-        function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(ADDRESSES + COUNTS))
+        function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * kernel.num_arguments)
         self._function: Any = function(self._engine.get_function_address(ENTRY))
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, *others: torch.Tensor) -> None:
-        """Writes `y` (R, O), of `x` (R, I). All are contiguous, and lie as `ADDRESSES` says."""
-        self._function(*[each.data_ptr() for each in (x, y, *others)], *x.shape, y.shape[1], torch.get_num_threads())
+    def __call__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
+        """On as many threads as torch computes with."""
+        self._function(*[tensor.data_ptr() for tensor in tensors], *counts, torch.get_num_threads())
 
 
-def compiled(kind: type[Product], group_size: int | None = None) -> CompiledProduct:
-    """Takes a quarter of a second the first time. Raises NotImplementedError where `lanes_of` does."""
-    return _compiled(kind, lanes_of(kind), group_size)
+def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:
+    """For this processor's widest vectors, which are the kind's first argument. Takes a quarter of a second the first time.
+
+    Raises NotImplementedError where `lanes_of` does.
+    """
+    return _compiled(kind, lanes_of(kind), *arguments)
 
 
 @functools.cache
-def _compiled(kind: type[Product], lanes: int, group_size: int | None) -> CompiledProduct:
-    return CompiledProduct(kind(lanes, group_size))
+def _compiled(kind: type[Kernel], *arguments: Any) -> CompiledKernel:
+    return CompiledKernel(kind(*arguments))
+
+
+def lanes_of(kind: type[Kernel]) -> int:
+    """Of the widest vectors in which this machine can compute a kernel. Raises NotImplementedError if in none."""
+    if platform.machine() != "x86_64" or not all(hasattr(ctypes.CDLL(None), name) for name in OPENMP):
+        raise NotImplementedError("kernels are compiled for x86-64 processors and GNU's OpenMP only")
+    features = llvm.get_host_cpu_features()
+    for lanes in sorted(kind.features, reverse=True):
+        if all(features.get(name) for name in kind.features[lanes]):
+            return lanes
+    raise NotImplementedError(f"this processor lacks what {kind.__name__} needs, one of {[*kind.features.values()]}")
 
 
 def _machine() -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from asyncpipe_workers.compiled.compiler import CompiledProduct, compiled
-from asyncpipe_workers.compiled.products import UNROLLED, FloatProduct, Int4Product, Int8Product, scratch_bytes
+from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
+from asyncpipe_workers.compiled.products import UNROLLED, FloatProduct, Int4Product, Int8Product, panel_size, scratch_bytes
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 
 
@@ -17,14 +17,14 @@ class CompiledLinear:
     """(..., I) to (..., O)."""
 
     def __init__(
-        self, product: CompiledProduct, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
+        self, product: CompiledKernel, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
     ) -> None:
         """`words_OW` are int32; `scales` are laid out already. `num_groups` of a row are quantized each by itself."""
         self._product = product
         self._out_size = len(words_OW)
-        self._weight_PWC = lay_out(words_OW, product.panel_size)
+        self._weight_PWC = lay_out(words_OW, panel_size(product.lanes))
         self._scales = scales
-        self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), product.panel_size)
+        self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), panel_size(product.lanes))
         self._num_groups = num_groups
         self.num_bytes = words_OW.numel() * words_OW.itemsize + scales.nbytes
 
@@ -32,7 +32,8 @@ class CompiledLinear:
         rows_RI = x.reshape(-1, x.shape[-1]).float().contiguous()
         y_RO = torch.empty(len(rows_RI), len(self._bias))
         scratch = torch.empty(scratch_bytes(len(rows_RI), rows_RI.shape[1], self._num_groups), dtype=torch.uint8)
-        self._product(rows_RI, y_RO, self._weight_PWC, self._scales, self._bias, scratch)
+        tensors = (rows_RI, y_RO, self._weight_PWC, self._scales, self._bias, scratch)
+        self._product(tensors, (*rows_RI.shape, y_RO.shape[1]))
         return y_RO[:, : self._out_size].reshape(*x.shape[:-1], self._out_size).to(x.dtype)
 
 
@@ -53,7 +54,7 @@ class CompiledInt8Linear(CompiledLinear):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
         product = compiled(Int8Product)
         codes_OI, scales_O = RowCodec().codes(packed, in_size)
-        super().__init__(product, codes_OI.view(torch.int32), _padded(scales_O, product.panel_size), bias, num_groups=1)
+        super().__init__(product, codes_OI.view(torch.int32), _padded(scales_O, panel_size(product.lanes)), bias, num_groups=1)
 
 
 class CompiledInt4Linear(CompiledLinear):
@@ -69,18 +70,18 @@ class CompiledInt4Linear(CompiledLinear):
         if not halves_OG2.isfinite().all():
             raise NotImplementedError("no compiled product for steps that float16 cannot hold")
         words_OW = codec.code_pairs(packed, in_size).view(torch.int32)
-        panels_PCG2 = _padded(halves_OG2, product.panel_size).view(-1, product.panel_size, *halves_OG2.shape[1:])
+        panels_PCG2 = _padded(halves_OG2, panel_size(product.lanes)).view(-1, panel_size(product.lanes), *halves_OG2.shape[1:])
         scales_PG2C = panels_PCG2.permute(0, 2, 3, 1).contiguous()
         super().__init__(product, words_OW, scales_PG2C, bias, num_groups=in_size // codec.group_size)
 
 
-def lay_out(words_OW: torch.Tensor, panel_size: int) -> torch.Tensor:
-    """(P, W, C), the last panel filled with zeros."""
+def lay_out(words_OW: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """(P, W, C), in panels of `num_outputs`, the last one filled with zeros."""
     num_words = words_OW.shape[1]
-    num_full, num_left = divmod(len(words_OW), panel_size)
-    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, panel_size, dtype=torch.int32)
-    full_OW = words_OW[: num_full * panel_size]
-    panels_PWC[:num_full] = full_OW.view(num_full, panel_size, num_words).transpose(1, 2)
+    num_full, num_left = divmod(len(words_OW), num_outputs)
+    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, num_outputs, dtype=torch.int32)
+    full_OW = words_OW[: num_full * num_outputs]
+    panels_PWC[:num_full] = full_OW.view(num_full, num_outputs, num_words).transpose(1, 2)
     if num_left:
         panels_PWC[num_full] = 0
         panels_PWC[num_full, :, :num_left] = words_OW[len(full_OW) :].t()

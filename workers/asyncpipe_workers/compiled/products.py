@@ -8,38 +8,31 @@ a time, whose sums stay in registers.
 With weights in eight and four bits, rows are quantized too, each group of inputs by its own largest magnitude (with eight bits
 a group is a whole row), and products are sums of integers, which are exact: a row's result does not depend on what else is in
 the batch. A NaN makes its row's results NaN.
-
-Threads are those of OpenMP that torch computes with.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llvmlite import ir
 
 from asyncpipe_workers.compiled.builder import (
-    ADDRESS,
     BYTE,
-    COUNT,
     FLOAT16,
     FLOAT32,
     HALF_WORD,
     NOTHING,
     WORD,
-    Builder,
     Count,
 )
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, Kernel
 
-ENTRY = "product"
 ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
-COUNTS = ("rows", "inputs", "outputs", "threads")
-"""The entry's arguments, of 64 bits. x (rows, inputs), y (rows, outputs) and bias are float32; outputs fill the panels."""
-OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+COUNTS = ("rows", "inputs", "outputs")
+"""x (rows, inputs), y (rows, outputs) and bias are float32; outputs fill the panels."""
 
 PANEL_VECTORS = 2
 TILES = (8, 4, 2, 1)  # rows at a time: the sums of eight leave half of the registers for other things
@@ -54,6 +47,11 @@ OFFSET = 128  # of weights in eight bits: the instruction takes them unsigned
 NIBBLE = 4  # bits
 
 
+def panel_size(lanes: int) -> int:
+    """Outputs."""
+    return PANEL_VECTORS * lanes
+
+
 def scratch_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
     """For quantized rows: codes, and two words for each group."""
     return num_rows * (num_inputs + 8 * num_groups) if num_groups else 0
@@ -66,24 +64,34 @@ class Panel:
     first_output: ir.Value
 
 
-class Product(ABC):
-    """A module whose function `ENTRY` multiplies, in vectors of `lanes` 32-bit lanes."""
-
+class Product(Kernel):
     word_inputs: ClassVar[int]
     zeros: ir.Value  # of sums
 
     def __init__(self, lanes: int, group_size: int | None = None) -> None:
         """`group_size` of inputs; None: all are one group."""
-        self.module = ir.Module()
-        self.lanes = lanes
-        self.panel_size = PANEL_VECTORS * lanes  # outputs
-        work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), "work")
-        self._build_entry(work)
-        b = self.b = Builder(work.append_basic_block(), lanes)
-        self._read_arguments(work.args[0])
-        self.group_inputs = b.count(group_size or self.inputs)
+        self.panel_size = panel_size(lanes)
+        self._group_size = group_size
+        super().__init__(lanes, ADDRESSES, COUNTS)
+
+    def build(self) -> None:
+        b = self.b
+        self.x, self.y, self.weight, self.scales, self.bias, self.scratch = (self.arguments[name] for name in ADDRESSES)
+        self.rows, self.inputs, self.outputs = (self.arguments[name] for name in COUNTS)
+        self.group_inputs = b.count(self._group_size or self.inputs)
         self.groups = b.over(self.inputs, self.group_inputs)
-        self._build_work()
+        self.prepare_rows()
+        words = b.over(self.inputs, self.word_inputs)
+        with self.own_share(b.over(self.outputs, self.panel_size)) as n:
+            first_output = b.times(n, self.panel_size)
+            panel = Panel(b.at(self.weight, b.times(first_output, words), WORD), self.panel_scales(n), first_output)
+            done: Count = 0
+            for tile in TILES:
+                num_tiles = b.over(b.sub(self.rows, b.count(done)), tile)
+                with b.loop(0, num_tiles) as which:
+                    first_row = b.plus(done, b.times(which, tile))
+                    self._multiply(panel, [b.plus(first_row, row) for row in range(tile)])
+                done = b.plus(done, b.times(num_tiles, tile))
 
     # --- what kinds of weights differ in ---
 
@@ -118,52 +126,6 @@ class Product(ABC):
     def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]: ...
 
     # --- what they have in common ---
-
-    def _build_entry(self, work: ir.Function) -> None:
-        """Keeps the arguments in memory, where all threads find them."""
-        types = [COUNT] * len(ADDRESSES + COUNTS)
-        entry = ir.Function(self.module, ir.FunctionType(NOTHING, types), ENTRY)
-        b = Builder(entry.append_basic_block(), self.lanes)
-        kept = b.alloca(COUNT, len(types))
-        for n, argument in enumerate(entry.args):
-            b.store(argument, b.at(kept, n, COUNT))
-        parallel = ir.FunctionType(NOTHING, [ADDRESS, ADDRESS, WORD, WORD])
-        run_on_threads = ir.Function(self.module, parallel, "GOMP_parallel")
-        b.call(run_on_threads, [work, kept, b.trunc(entry.args[-1], WORD), ir.Constant(WORD, 0)])
-        b.ret_void()
-
-    def _read_arguments(self, kept: ir.Value) -> None:
-        b = self.b
-        places = iter(range(len(ADDRESSES + COUNTS)))
-        self.x, self.y, self.weight, self.scales, self.bias, self.scratch = (
-            b.load(b.at(kept, next(places), COUNT), typ=ADDRESS) for _ in ADDRESSES
-        )
-        self.rows, self.inputs, self.outputs, _ = (b.load(b.at(kept, next(places), COUNT), typ=COUNT) for _ in COUNTS)
-
-    def _build_work(self) -> None:
-        b = self.b
-        self.prepare_rows()
-        words = b.over(self.inputs, self.word_inputs)
-        with self.own_share(b.over(self.outputs, self.panel_size)) as n:
-            first_output = b.times(n, self.panel_size)
-            panel = Panel(b.at(self.weight, b.times(first_output, words), WORD), self.panel_scales(n), first_output)
-            done: Count = 0
-            for tile in TILES:
-                num_tiles = b.over(b.sub(self.rows, b.count(done)), tile)
-                with b.loop(0, num_tiles) as which:
-                    first_row = b.plus(done, b.times(which, tile))
-                    self._multiply(panel, [b.plus(first_row, row) for row in range(tile)])
-                done = b.plus(done, b.times(num_tiles, tile))
-        b.ret_void()
-
-    @contextmanager
-    def own_share(self, total: ir.Value) -> Iterator[ir.Value]:
-        """A loop over a thread's part of 0 to `total`."""
-        b = self.b
-        thread, threads = (b.zext(b.outside(name, WORD), COUNT) for name in ("omp_get_thread_num", "omp_get_num_threads"))
-        bounds = [b.over(b.times(total, b.plus(thread, n)), threads) for n in range(2)]
-        with b.loop(*bounds) as index:
-            yield index
 
     def _multiply(self, panel: Panel, rows: Sequence[ir.Value]) -> None:
         b = self.b
@@ -253,6 +215,8 @@ class FloatProduct(Product):
 class _IntegerProduct(Product):
     """In scratch are the rows' codes (rows, inputs), then for each group of each row what its codes' unit is worth (float32),
     then the sum of its codes (int32)."""
+
+    features = BYTE_FEATURES
 
     def prepare_rows(self) -> None:
         b = self.b

@@ -24,9 +24,9 @@ import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend, attend_groups, attend_rows, score_bias
-from asyncpipe_workers.gathered import GatheredRows, gathering_is_quicker
 from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import FixedRows, RowGroup, StepLayout
+from asyncpipe_workers.newest import Seen, newest_attention
 
 CALL_BYTES = 512 << 10  # that a core reads while it could call another kernel
 PAGE_BYTES = mmap.PAGESIZE
@@ -180,17 +180,16 @@ class ArenaKV:
         return KeysValues(self._keys[layer][slots, :, places], self._values[layer][slots, :, places])
 
     def attend_rows(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
-        keys_SHCK, values_SHCK, count = self._keys[layer], self._values[layer], len(layout.rows)
-        (num_heads, size), num_groups = qkv.q_THK.shape[1:], keys_SHCK.shape[1]
-        if keys_SHCK.dtype != torch.float32 or not gathering_is_quicker(shared=num_heads // num_groups, size=size):
+        cache = KeysValues(self._keys[layer], self._values[layer])
+        (num_heads, size), num_groups = qkv.q_THK.shape[1:], cache.keys_GCK.shape[1]
+        attention = None
+        if cache.keys_GCK.dtype == torch.float32:
+            attention = newest_attention(shared=num_heads // num_groups, size=size, softcap=form.softcap)
+        if attention is None:
             return attend_groups(self, layer, qkv, layout, form)
-        gathered = layout.gathered.get(form.window)
-        if gathered is None:
-            gathered = GatheredRows(layout.rows, form.window, num_heads=num_heads, shape_SGCK=keys_SHCK.shape)
-            layout.gathered[form.window] = gathered
-        new = KeysValues(qkv.k_TGK[:count], qkv.v_TGK[:count])
-        cache = KeysValues(keys_SHCK.view(-1, size), values_SHCK.view(-1, size))
-        return gathered.attend(qkv.q_THK[:count], new, cache, form.softcap)
+        if form.window not in layout.seen:
+            layout.seen[form.window] = Seen.of(layout.rows, form.window)
+        return attention(qkv, cache, layout.seen[form.window])
 
     def _new(self, dtype: torch.dtype) -> torch.Tensor:
         num_bytes = self._shape_SHCK[0] * self._slot_bytes

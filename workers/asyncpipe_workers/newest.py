@@ -1,0 +1,87 @@
+"""Attention of sequences' newest tokens by a kernel that is compiled here, which also writes their keys and values.
+
+It does not ask where sequences lie: they need not be neighbours. Shapes as in `attention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from asyncpipe_workers.attention import QKV, KeysValues, attend_rows
+from asyncpipe_workers.layout import Row
+from asyncpipe_workers.quickest import Call, quickest
+
+
+class Seen(NamedTuple):
+    """What each of the newest tokens sees: the same in every layer of one window."""
+
+    sequences_B3: torch.Tensor  # int64: slot, first token, length
+    longest: int  # tokens that one sees
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], window: int | None) -> Seen:
+        firsts = [0 if window is None else max(row.length - window, 0) for row in rows]
+        sequences = [(row.slot, first, row.length) for row, first in zip(rows, firsts, strict=True)]
+        return cls(torch.tensor(sequences), max(length - first for _, first, length in sequences))
+
+
+class NewestAttention:
+    """In float32, for `shared` heads of `size` to each one of keys and values. Raises NotImplementedError where no such kernel
+    is, and ImportError where there is no compiler."""
+
+    def __init__(self, *, shared: int, size: int, softcap: float | None) -> None:
+        from asyncpipe_workers.compiled.attention import RowAttention, scratch_bytes
+        from asyncpipe_workers.compiled.compiler import compiled
+
+        self._kernel = compiled(RowAttention, shared, size, softcap)
+        if size % self._kernel.lanes:
+            raise NotImplementedError(f"no kernel for heads of {size}")
+        self._scratch_bytes = functools.partial(scratch_bytes, size=size, lanes=self._kernel.lanes)
+
+    def __call__(self, qkv: QKV, cache: KeysValues, seen: Seen) -> torch.Tensor:
+        """(B, H, K), of the first B rows. `cache` (S, G, C, K) each, which their keys and values are written to."""
+        count = len(seen.sequences_B3)
+        q, k, v = (each if each.stride()[1:] == (each.shape[2], 1) else each.contiguous() for each in qkv)
+        groups, capacity = cache.keys_GCK.shape[1:3]
+        out_BHK = torch.empty(count, *q.shape[1:])
+        scratch = torch.empty(self._scratch_bytes(seen.longest, num_threads=torch.get_num_threads()), dtype=torch.uint8)
+        tensors = (q, k, v, *cache, seen.sequences_B3, out_BHK, scratch)
+        self._kernel(tensors, (count, groups, capacity, q.stride(0), k.stride(0), v.stride(0), seen.longest))
+        return out_BHK
+
+
+@functools.cache
+def newest_attention(*, shared: int, size: int, softcap: float | None) -> NewestAttention | None:
+    """None where products are as quick, or all that there is."""
+    with contextlib.suppress(ImportError, NotImplementedError):
+        if _beats_products(shared=shared, size=size):
+            return NewestAttention(shared=shared, size=size, softcap=softcap)
+    return None
+
+
+@functools.cache
+def _beats_products(*, shared: int, size: int) -> bool:
+    num, groups, length = 16, 4, 256
+
+    @functools.cache
+    def operands() -> tuple[QKV, KeysValues]:
+        keys, values = (torch.randn(num, groups, length + 44, size) for _ in range(2))
+        k, v = (torch.randn(num, groups, size) for _ in range(2))
+        return QKV(torch.randn(num, groups * shared, size), k, v), KeysValues(keys, values)
+
+    def products() -> list[Call]:
+        qkv, (keys, values) = operands()
+        return [lambda: attend_rows(qkv.q_THK, keys[:, :, :length], values[:, :, :length])]
+
+    def compiled() -> list[Call]:
+        attention = NewestAttention(shared=shared, size=size, softcap=None)
+        seen = Seen.of([Row(slot, length) for slot in range(num)], None)
+        return [lambda: attention(*operands(), seen)]
+
+    ways: dict[str, Callable[[], list[Call]]] = {"products": products, "compiled": compiled}
+    return quickest(f"attention of {shared} rows of {size}", ways) == "compiled"
