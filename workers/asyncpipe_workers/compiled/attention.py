@@ -56,7 +56,7 @@ class RowAttention(Kernel):
         at_once = heads_at_once(self._size, self.lanes)
         own_scores = b.times(b.plus(longest, 2 * self.lanes), at_once)
         scratch = b.at(scratch, b.times(self.thread(), own_scores), FLOAT32)
-        with self.own_share(b.times(rows, groups)) as n:
+        with self.shared(b.times(rows, groups)) as n:
             row, group = b.over(n, groups), b.urem(n, groups)
             slot, first, length = (b.read(b.at(sequences, b.plus(b.times(row, 3), i), COUNT), COUNT) for i in range(3))
             begin = b.times(b.plus(b.times(slot, groups), group), capacity)

@@ -5,7 +5,7 @@ What is built at once, in Python's loops, is unrolled; `loop` is a loop of the k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ FLOAT16, FLOAT32 = ir.HalfType(), ir.FloatType()
 ADDRESS = ir.PointerType()
 NOTHING = ir.VoidType()
 
-READ, KEEP_IN_ALL_CACHES, DATA = 0, 3, 1  # llvm.prefetch's arguments
+READ, TO_SECOND_CACHE, DATA = 0, 2, 1  # llvm.prefetch's arguments
 
 LOG2_E = 1.4426950408889634
 LN_2 = (0.693359375, -2.12194440e-4)  # as two numbers, for one would lose the last bits
@@ -69,7 +69,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         self.store(value, address, align=1)
 
     def prefetch(self, address: ir.Value) -> None:
-        how = [ir.Constant(WORD, n) for n in (READ, KEEP_IN_ALL_CACHES, DATA)]
+        how = [ir.Constant(WORD, n) for n in (READ, TO_SECOND_CACHE, DATA)]
         self.outside("llvm.prefetch.p0", NOTHING, address, *how)
 
     # --- vectors ---
@@ -171,6 +171,22 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         yield index
         index.add_incoming(self.plus(index, step), self.block)
         self.branch(head)
+        self.position_at_end(after)
+
+    @contextmanager
+    def endless_loop(self) -> Iterator[Callable[[ir.Value], None]]:
+        """Until what it gives is called with a condition that holds."""
+        body, after = (self.append_basic_block() for _ in range(2))
+
+        def leave(condition: ir.Value) -> None:
+            go_on = self.append_basic_block()
+            self.cbranch(condition, after, go_on)
+            self.position_at_end(go_on)
+
+        self.branch(body)
+        self.position_at_end(body)
+        yield leave
+        self.branch(body)
         self.position_at_end(after)
 
 

@@ -30,6 +30,7 @@ class Kernel(ABC):
         """Vectors are of `lanes` 32-bit lanes."""
         self.lanes = lanes
         self.num_arguments = len(addresses) + len(counts) + 1
+        self._taken = self.num_arguments  # behind the arguments: how many of `shared` work have been taken
         self.module = ir.Module()
         work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), "work")
         self._build_entry(work)
@@ -38,6 +39,7 @@ class Kernel(ABC):
         self.arguments: dict[str, ir.Value] = {
             name: b.load(b.at(work.args[0], place, COUNT), typ=of) for place, (name, of) in enumerate(types.items())
         }
+        self._counter = b.at(work.args[0], self._taken, COUNT)
         self.build()
         b.ret_void()
 
@@ -57,13 +59,23 @@ class Kernel(ABC):
         with b.loop(*bounds) as index:
             yield index
 
+    @contextmanager
+    def shared(self, total: ir.Value) -> Iterator[ir.Value]:
+        """A loop over what is left of 0 to `total`, one by one: a thread that others hold up leaves more to the rest. Once in a
+        kernel."""
+        b = self.b
+        with b.endless_loop() as leave:
+            index = b.atomic_rmw("add", self._counter, b.count(1), "monotonic")
+            leave(b.icmp_signed(">=", index, total))
+            yield index
+
     def _build_entry(self, work: ir.Function) -> None:
         """Keeps the arguments in memory, where all threads find them."""
         entry = ir.Function(self.module, ir.FunctionType(NOTHING, [COUNT] * self.num_arguments), ENTRY)
         b = Builder(entry.append_basic_block(), self.lanes)
-        kept = b.alloca(COUNT, self.num_arguments)
-        for place, argument in enumerate(entry.args):
-            b.store(argument, b.at(kept, place, COUNT))
+        kept = b.alloca(COUNT, self.num_arguments + 1)
+        for place, value in enumerate([*entry.args, ir.Constant(COUNT, 0)]):
+            b.store(value, b.at(kept, place, COUNT))
         parallel = ir.FunctionType(NOTHING, [ADDRESS, ADDRESS, WORD, WORD])
         run_on_threads = ir.Function(self.module, parallel, "GOMP_parallel")
         b.call(run_on_threads, [work, kept, b.trunc(entry.args[-1], WORD), ir.Constant(WORD, 0)])

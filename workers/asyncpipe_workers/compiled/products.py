@@ -1,6 +1,6 @@
 """The instructions of y = x W^T + b, for weights in float32, eight bits and four bits.
 
-A weight is words of 32 bits: one number of 32 bits, four of eight, eight of four. The words of as many outputs as two
+A weight is words of 32 bits: one number of 32 bits, four of eight, eight of four. The words of as many outputs as four
 registers have lanes are a panel: word after word, and in each word output after output. So the weight is read once, from its
 beginning to its end, and no sum goes from lane to lane. A thread has some of the panels, and multiplies each with a few rows at
 a time, whose sums stay in registers.
@@ -34,12 +34,11 @@ ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
 COUNTS = ("rows", "inputs", "outputs")
 """x (rows, inputs), y (rows, outputs) and bias are float32; outputs fill the panels."""
 
-PANEL_VECTORS = 2
-TILES = (8, 4, 2, 1)  # rows at a time: the sums of eight leave half of the registers for other things
+PANEL_VECTORS = 4
+TILES = (4, 2, 1)  # rows at a time: the sums of four leave half of the registers for other things
 UNROLLED = 4  # words
 CHAINS = 8  # of sums that do not wait for each other, where few rows would have fewer
-ASKING_ROWS = 8  # at a time; with fewer, the processor asks for the weight early enough by itself
-ASKED_BYTES = 1024  # ahead
+ASKED_BYTES = 2048  # ahead: the second cache can wait for more of memory at once than the first
 
 MAX_CODE = 127.0
 TINY = 1e-30  # instead of the largest magnitude of zeros
@@ -82,7 +81,7 @@ class Product(Kernel):
         self.groups = b.over(self.inputs, self.group_inputs)
         self.prepare_rows()
         words = b.over(self.inputs, self.word_inputs)
-        with self.own_share(b.over(self.outputs, self.panel_size)) as n:
+        with self.shared(b.over(self.outputs, self.panel_size)) as n:
             first_output = b.times(n, self.panel_size)
             panel = Panel(b.at(self.weight, b.times(first_output, words), WORD), self.panel_scales(n), first_output)
             done: Count = 0
@@ -162,8 +161,7 @@ class Product(Kernel):
                 word = b.plus(first, n)
                 for vector in range(PANEL_VECTORS):
                     place = b.at(panel.weight, b.plus(b.times(word, self.panel_size), vector * self.lanes), WORD)
-                    if len(rows) >= ASKING_ROWS:
-                        b.prefetch(b.at(place, ASKED_BYTES))
+                    b.prefetch(b.at(place, ASKED_BYTES))
                     parts = self.parts(b.read(place, b.words))
                     for m, part in enumerate(parts):
                         for row in rows:
