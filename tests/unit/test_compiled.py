@@ -11,7 +11,6 @@ import torch
 
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models.kernels import ResidentLinear
-from asyncpipe_workers.models.quantized import QuantizedLinears
 
 if platform.machine() != "x86_64":
     pytest.skip("products are compiled for x86-64 processors only", allow_module_level=True)
@@ -113,7 +112,7 @@ def test_sums_of_integers_are_exact(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_rows_result_is_its_own(kind: str) -> None:
     """Whatever is in the batch, an outlier or a NaN, and however many rows are multiplied at a time."""
     linear, x = made(kind, numbers(96, 128), numbers(96, seed=1)), numbers(15, 128, seed=2)
@@ -151,13 +150,11 @@ def test_shapes_that_fill_no_words_are_not_there(kind: str) -> None:
 
 
 def test_steps_that_float16_cannot_hold_are_not_there() -> None:
-    """Of groups whose numbers are a million apart; others multiply those."""
+    """Of groups whose numbers are a million apart."""
     weight = numbers(32, 64)
     weight[3, 5] = 3e6
     with pytest.raises(NotImplementedError, match="float16"):
         made("int4", weight)
-    found = QuantizedLinears(GroupCodec(64), torch.device("cpu"), torch.float32)(weight, None)(numbers(2, 64))
-    assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize("num_rows", [1, 32, 33, 96])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models import int4
 from asyncpipe_workers.models.int4 import Int4Linear
-from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, quickest_float_form
-from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears, pack_all
+from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, float_forms, quickest_float_form
+from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears, pack_all, packed_forms
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
+from asyncpipe_workers.newest import newest_attention
 
 CPU = torch.device("cpu")
 
@@ -174,6 +176,29 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> Non
     quickest._remembered.cache_clear()  # as at the next start
     assert quickest_float_form(forms, (256, 256), torch.float32) == "plain"
     assert not made
+
+
+def test_without_a_compiler_there_are_torchs_forms_and_products(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("linears", "attention", "compiler"):
+        monkeypatch.setitem(sys.modules, f"asyncpipe_workers.compiled.{module}", None)
+    newest_attention.cache_clear()
+    assert list(float_forms()) == ["plain", "packed"]
+    assert list(packed_forms(RowCodec(), CPU)) == list(packed_forms(GroupCodec(64), CPU)) == ["torch"]
+    assert newest_attention(shared=1, size=64, softcap=None) is None
+    newest_attention.cache_clear()
+    weight, x = numbers(96, 64), numbers(5, 64, seed=2)
+    for codec in (RowCodec(), GroupCodec(64)):
+        found = QuantizedLinears(codec, CPU, torch.float32)(weight, None)(x)
+        assert relative_error(found, torch.nn.functional.linear(x, weight)) < 0.1
+
+
+def test_a_form_that_is_not_for_some_numbers_leaves_them_to_others(cache: Path) -> None:
+    """Steps that float16 cannot hold."""
+    weight, x = numbers(96, 64), numbers(5, 64, seed=2)
+    weight[3, 5] = 3e6
+    linear = QuantizedLinears(GroupCodec(64), CPU, torch.float32)(weight, None)
+    assert isinstance(linear, Int4Linear)
+    assert torch.isfinite(linear(x)).all()
 
 
 def test_a_damaged_memory_of_choices_is_measured_anew(cache: Path) -> None:

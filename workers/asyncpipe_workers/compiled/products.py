@@ -3,11 +3,11 @@
 A weight is words of 32 bits: one number of 32 bits, four of eight, eight of four. The words of as many outputs as four
 registers have lanes are a panel: word after word, and in each word output after output. So the weight is read once, from its
 beginning to its end, and no sum goes from lane to lane. A thread has some of the panels, and multiplies each with a few rows at
-a time, whose sums stay in registers.
+a time, whose sums stay in registers. Each sum is added up from the first input to the last, however many rows there are: a
+row's result does not depend on what else is in the batch.
 
 With weights in eight and four bits, rows are quantized too, each group of inputs by its own largest magnitude (with eight bits
-a group is a whole row), and products are sums of integers, which are exact: a row's result does not depend on what else is in
-the batch. A NaN makes its row's results NaN.
+a group is a whole row), and products are sums of integers. A NaN makes its row's results NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ COUNTS = ("rows", "inputs", "outputs")
 PANEL_VECTORS = 4
 TILES = (4, 2, 1)  # rows at a time: the sums of four leave half of the registers for other things
 UNROLLED = 4  # words
-CHAINS = 8  # of sums that do not wait for each other, where few rows would have fewer
 ASKED_BYTES = 2048  # ahead: the second cache can wait for more of memory at once than the first
 
 MAX_CODE = 127.0
@@ -65,7 +64,6 @@ class Panel:
 
 class Product(Kernel):
     word_inputs: ClassVar[int]
-    zeros: ir.Value  # of sums
 
     def __init__(self, lanes: int, group_size: int | None = None) -> None:
         """`group_size` of inputs; None: all are one group."""
@@ -115,9 +113,6 @@ class Product(Kernel):
     def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value: ...
 
     @abstractmethod
-    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value: ...
-
-    @abstractmethod
     def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
         """`total` (floats) and what a group's sums are worth; `scales` as `group_scales` gives them."""
 
@@ -148,33 +143,21 @@ class Product(Kernel):
     def _sums(self, panel: Panel, rows: Sequence[ir.Value], group: ir.Value) -> dict[tuple[ir.Value, int], ir.Value]:
         """Of one group, for each row and vector of outputs."""
         b = self.b
-        num_chains = min(max(CHAINS // (len(rows) * PANEL_VECTORS), 1), UNROLLED)
-        sums = {
-            (row, vector): [b.variable(self.first_sum(row, group) if chain == 0 else self.zeros) for chain in range(num_chains)]
-            for row in rows
-            for vector in range(PANEL_VECTORS)
-        }
+        sums = {(row, vector): b.variable(self.first_sum(row, group)) for row in rows for vector in range(PANEL_VECTORS)}
         words = b.over(self.group_inputs, self.word_inputs)
         first_word = b.times(group, words)
         with b.loop(first_word, b.plus(first_word, words), UNROLLED) as first:
-            for n in range(UNROLLED):
-                word = b.plus(first, n)
+            for word in (b.plus(first, n) for n in range(UNROLLED)):
                 for vector in range(PANEL_VECTORS):
                     place = b.at(panel.weight, b.plus(b.times(word, self.panel_size), vector * self.lanes), WORD)
                     b.prefetch(b.at(place, ASKED_BYTES))
                     parts = self.parts(b.read(place, b.words))
-                    for m, part in enumerate(parts):
+                    for n, part in enumerate(parts):
                         for row in rows:
-                            row_word = b.read(b.at(self.row_words(row), b.plus(b.times(word, len(parts)), m), WORD), WORD)
-                            chain = sums[row, vector][n % num_chains]
-                            chain.set(self.add_product(chain.get(), part, b.spread(row_word)))
-        return {key: self._joined_all([chain.get() for chain in chains]) for key, chains in sums.items()}
-
-    def _joined_all(self, sums: Sequence[ir.Value]) -> ir.Value:
-        first, *others = sums
-        for other in others:
-            first = self.joined(first, other)
-        return first
+                            row_word = b.read(b.at(self.row_words(row), b.plus(b.times(word, len(parts)), n), WORD), WORD)
+                            own = sums[row, vector]
+                            own.set(self.add_product(own.get(), part, b.spread(row_word)))
+        return {key: own.get() for key, own in sums.items()}
 
 
 class FloatProduct(Product):
@@ -183,7 +166,7 @@ class FloatProduct(Product):
     word_inputs = 1
 
     def prepare_rows(self) -> None:
-        self.zeros = self.b.all_lanes(self.b.floats, 0.0)
+        """They are multiplied as they are."""
 
     def row_words(self, row: ir.Value) -> ir.Value:
         return self.b.at(self.x, self.b.times(row, self.inputs), FLOAT32)
@@ -192,16 +175,13 @@ class FloatProduct(Product):
         return self.scales
 
     def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value:
-        return self.zeros
+        return self.b.all_lanes(self.b.floats, 0.0)
 
     def parts(self, words: ir.Value) -> Sequence[ir.Value]:
         return [self.b.bitcast(words, self.b.floats)]
 
     def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value:
         return self.b.fused(part, self.b.bitcast(row_word, self.b.floats), sums)
-
-    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value:
-        return self.b.fadd(sums, others)
 
     def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]:
         return []
@@ -218,7 +198,6 @@ class _IntegerProduct(Product):
 
     def prepare_rows(self) -> None:
         b = self.b
-        self.zeros = b.all_lanes(b.words, 0)
         num_groups = b.times(self.rows, self.groups)
         self.units = b.at(self.scratch, b.times(self.rows, self.inputs))
         self.code_sums = b.at(self.units, num_groups, FLOAT32)
@@ -240,7 +219,7 @@ class _IntegerProduct(Product):
         limit = b.select(b.fcmp_ordered("<", limit, tiny), tiny, limit)  # a NaN stays
         b.write(b.fdiv(limit, ir.Constant(FLOAT32, MAX_CODE)), b.at(self.units, group, FLOAT32))
         factor = b.spread(b.fdiv(ir.Constant(FLOAT32, MAX_CODE), limit))
-        code_sum = b.variable(self.zeros)
+        code_sum = b.variable(b.all_lanes(b.words, 0))
         with b.loop(0, self.group_inputs, self.lanes) as n:
             found = b.nearest(b.fmul(b.read(b.at(numbers, n, FLOAT32), b.floats), factor))
             code_sum.set(b.add(code_sum.get(), found))
@@ -256,9 +235,6 @@ class _IntegerProduct(Product):
 
     def add_product(self, sums: ir.Value, part: ir.Value, row_word: ir.Value) -> ir.Value:
         return self.b.dot_of_bytes(sums, part, self.b.bitcast(row_word, self.b.bytes))
-
-    def joined(self, sums: ir.Value, others: ir.Value) -> ir.Value:
-        return self.b.add(sums, others)
 
     def of_row_group(self, kept: ir.Value, row: ir.Value, group: ir.Value, of: ir.Type) -> ir.Value:
         b = self.b
@@ -306,7 +282,7 @@ class Int4Product(_IntegerProduct):
         return self.b.at(self.scales, self.b.times(panel, self.groups, 2 * self.panel_size), FLOAT16)
 
     def first_sum(self, row: ir.Value, group: ir.Value) -> ir.Value:
-        return self.zeros
+        return self.b.all_lanes(self.b.words, 0)
 
     def parts(self, words: ir.Value) -> Sequence[ir.Value]:
         b = self.b
