@@ -14,7 +14,7 @@ from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 
 
 class CompiledLinear:
-    """(..., I) to (..., O)."""
+    """(..., I) to (..., O), whose rows may lie apart."""
 
     def __init__(
         self, product: CompiledKernel, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
@@ -25,16 +25,19 @@ class CompiledLinear:
         self._weight_PWC = lay_out(words_OW, panel_size(product.lanes))
         self._scales = scales
         self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), panel_size(product.lanes))
+        self._padded_size = len(self._bias)
         self._num_groups = num_groups
         self.num_bytes = words_OW.numel() * words_OW.itemsize + scales.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows_RI = x.reshape(-1, x.shape[-1]).float().contiguous()
-        y_RO = torch.empty(len(rows_RI), len(self._bias))
-        scratch = torch.empty(scratch_bytes(len(rows_RI), rows_RI.shape[1], self._num_groups), dtype=torch.uint8)
-        tensors = (rows_RI, y_RO, self._weight_PWC, self._scales, self._bias, scratch)
-        self._product(tensors, (*rows_RI.shape, y_RO.shape[1]))
-        return y_RO[:, : self._out_size].reshape(*x.shape[:-1], self._out_size).to(x.dtype)
+        if x.ndim != 2 or x.dtype != torch.float32:  # a look costs less than calls that change nothing
+            return self(x.reshape(-1, x.shape[-1]).float()).reshape(*x.shape[:-1], self._out_size).to(x.dtype)
+        num_rows, in_size = x.shape
+        y_RO = torch.empty(num_rows, self._padded_size)
+        scratch = torch.empty(scratch_bytes(num_rows, in_size, self._num_groups), dtype=torch.uint8)
+        tensors = (x.contiguous(), y_RO, self._weight_PWC, self._scales, self._bias, scratch)
+        self._product(tensors, (num_rows, in_size, self._padded_size))
+        return y_RO if self._padded_size == self._out_size else y_RO[:, : self._out_size]
 
 
 class CompiledFloatLinear(CompiledLinear):
