@@ -27,8 +27,8 @@ from asyncpipe_workers.compiled.linears import CompiledFloatLinear, CompiledInt4
 from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models.int4 import Int4Linear
+from asyncpipe_workers.models.int8 import Int8Linear
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, ResidentLinear
-from asyncpipe_workers.models.quantized import Int8Linear
 from asyncpipe_workers.newest import NewestAttention, Seen
 
 HIDDEN = 2048

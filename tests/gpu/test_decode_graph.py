@@ -10,7 +10,8 @@ import torch
 from asyncpipe_workers import decode_graph
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models.int4 import Int4Linear
-from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears
+from asyncpipe_workers.models.int8 import Int8Linear
+from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.stage_model import StageModel
 from tests.checkpoints import distinct_prompts
 from tests.families import make_family, reference_tokens

@@ -15,8 +15,9 @@ from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models import int4
 from asyncpipe_workers.models.int4 import Int4Linear
+from asyncpipe_workers.models.int8 import Int8Linear, pack_all
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, float_forms, quickest_float_form
-from asyncpipe_workers.models.quantized import Int8Linear, QuantizedLinears, pack_all, packed_forms
+from asyncpipe_workers.models.quantized import QuantizedLinears, packed_forms
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 from asyncpipe_workers.newest import newest_attention
 

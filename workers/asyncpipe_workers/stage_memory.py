@@ -30,8 +30,9 @@ from asyncpipe_workers.memory.stored import Storage, StoredTensor
 from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
+from asyncpipe_workers.models.int8 import pack_all
 from asyncpipe_workers.models.kernels import LinearMaker, make_float_linear
-from asyncpipe_workers.models.quantized import QuantizedLinears, pack_all
+from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.models.registry import Model, find_model
 from asyncpipe_workers.models.units import StageUnits, Unit
 from asyncpipe_workers.models.weights import Resident, Wanted
