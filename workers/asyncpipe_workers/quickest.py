@@ -20,9 +20,9 @@ import torch
 
 from asyncpipe.cache_dir import cache_dir
 
-MIN_TRIALS = 3
+MIN_TRIALS = 5  # one of which nobody disturbs
 MAX_TRIALS = 100
-TRIAL_S = 0.02  # of trials of one call, where there are neither too few nor too many
+TRIAL_S = 0.05  # of trials of one call, where there are neither too few nor too many
 MIN_GAIN = 0.9  # of the first way's time: what is not quicker than that is not worth another way
 CACHE_FILE = "kernels.json"
 
