@@ -181,14 +181,23 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path) -> Non
     assert not made
 
 
-def test_without_a_compiler_there_are_torchs_forms_and_products(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    known = (float_forms, newest_attention)  # what has looked for one already
     for module in ("linears", "attention", "compiler"):
         monkeypatch.setitem(sys.modules, f"asyncpipe_workers.compiled.{module}", None)
-    newest_attention.cache_clear()
+    for function in known:
+        function.cache_clear()
+    yield
+    for function in known:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("cache", "no_compiler")
+def test_without_a_compiler_there_are_torchs_forms_and_products() -> None:
     assert list(float_forms()) == ["plain", "packed"]
     assert list(packed_forms(RowCodec(), CPU)) == list(packed_forms(GroupCodec(64), CPU)) == ["torch"]
     assert newest_attention(shared=1, size=64, softcap=None) is None
-    newest_attention.cache_clear()
     weight, x = numbers(96, 64), numbers(5, 64, seed=2)
     for codec in (RowCodec(), GroupCodec(64)):
         found = QuantizedLinears(codec, CPU, torch.float32)(weight, None)(x)
