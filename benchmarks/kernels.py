@@ -12,7 +12,7 @@ input: the rates at which weights are read, in GB/s, and `ratio`, the time of to
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 from peer_cases import THREADS
-from tqdm import tqdm
+from report import in_turn, print_result
 
 from asyncpipe_workers.attention import QKV, KeysValues, attend_rows
 from asyncpipe_workers.compiled.linears import CompiledFloatLinear, CompiledInt4Linear, CompiledInt8Linear
@@ -37,6 +37,7 @@ WEIGHT_BYTES = 400 << 20  # of all layers, far more than a cache holds
 QUICK_WEIGHT_BYTES = 200 << 20
 HEADS, KV_HEADS, HEAD_SIZE, LENGTH, CAPACITY = 32, (32, 4), 64, 160, 192
 KV_BYTES = 200 << 20
+ROUNDS = 7
 
 Work = Callable[[], object]
 
@@ -50,20 +51,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     batches = (1, 8) if arguments.quick else (1, 2, 4, 8, 32, 128)
     result: dict[str, dict[str, float]] = {}
-    with torch.inference_mode(), tqdm(unit="case", disable=None) as bar:
+    with torch.inference_mode():
         for kind in ("fp32", "int8", "int4"):
-            for case, rates in products(kind, batches, QUICK_WEIGHT_BYTES if arguments.quick else WEIGHT_BYTES):
-                result[case] = rates
-                bar.update()
+            result |= products(kind, batches, QUICK_WEIGHT_BYTES if arguments.quick else WEIGHT_BYTES)
         for kv_heads in KV_HEADS:
             for batch in batches[:-1]:
                 result[f"attention_{HEADS // kv_heads}_heads_b{batch}"] = attention(batch, kv_heads)
-                bar.update()
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    for case, rates in result.items():
-        print(f"{case:24}", "  ".join(f"{name} {value:.2f}" for name, value in rates.items()))
+    print_result(result, as_json=arguments.json)
 
 
 def products(kind: str, batches: Sequence[int], num_bytes: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -124,20 +118,20 @@ def attention(batch: int, kv_heads: int) -> dict[str, float]:
     return rates(len(caches) * layer_bytes, {"compiled": by_kernel, "products": by_products, "read": memory.sum})
 
 
-def rates(num_bytes: int, works: Mapping[str, Work], rounds: int = 7) -> dict[str, float]:
+def rates(num_bytes: int, works: Mapping[str, Work]) -> dict[str, float]:
     """GB/s of each, and the time of the quickest other over that of the compiled one: medians, the ratio round by round."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
-    for _ in range(rounds):
-        for name, work in works.items():
-            start_s = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start_s)
+    once = {name: partial(seconds, work) for name, work in works.items()}
+    times = asyncio.run(in_turn({"": once}, ROUNDS))[""]
     found = {f"{name}_GB_s": num_bytes / statistics.median(each) / 1e9 for name, each in times.items()}
     others = zip(*(each for name, each in times.items() if name not in ("compiled", "read")), strict=True)
     ratios = [min(other) / own for own, other in zip(times["compiled"], others, strict=True)]
     return {name: round(value, 2) for name, value in (found | {"ratio": statistics.median(ratios)}).items()}
+
+
+async def seconds(work: Work) -> float:
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_panels_hold_words_output_by_output(num_rows: int) -> None:
 
 
 def test_a_processor_without_vectors_has_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llvm, "get_host_cpu_features", dict)
+    monkeypatch.setattr(compiler, "host_features", dict)
     for kind in KINDS.values():
         with pytest.raises(NotImplementedError, match=f"this processor lacks what {kind.__name__} needs"):
             lanes_of(kind)

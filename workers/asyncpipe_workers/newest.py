@@ -64,7 +64,6 @@ def newest_attention(*, shared: int, size: int, softcap: float | None) -> Newest
     return None
 
 
-@functools.cache
 def _beats_products(*, shared: int, size: int) -> bool:
     num, groups, length = 16, 4, 256
 

@@ -1,1 +1,1 @@
-"""Products of matrices, compiled by LLVM for the processor that a worker finds itself on."""
+"""Kernels that LLVM compiles for the processor that a worker finds itself on."""

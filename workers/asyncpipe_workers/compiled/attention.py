@@ -24,6 +24,7 @@ seen at most; scratch has room for `scratch_bytes`.
 """
 
 MAX_SUMS = 16  # vectors
+SPARE_VECTORS = 2  # behind a head's scores: the last vector may begin with the last score, and another follows it
 
 
 def heads_at_once(size: int, lanes: int) -> int:
@@ -32,12 +33,7 @@ def heads_at_once(size: int, lanes: int) -> int:
 
 
 def scratch_bytes(longest: int, size: int, lanes: int, num_threads: int) -> int:
-    return num_threads * heads_at_once(size, lanes) * _padded(longest, lanes) * 4
-
-
-def _padded(longest: int, lanes: int) -> int:
-    """Scores of a head: the last vector may begin with the last one, and another follows it."""
-    return longest + 2 * lanes
+    return num_threads * heads_at_once(size, lanes) * (longest + SPARE_VECTORS * lanes) * 4
 
 
 class RowAttention(Kernel):
@@ -54,8 +50,8 @@ class RowAttention(Kernel):
         rows, groups, capacity, q_stride, k_stride, v_stride, longest = (self.arguments[name] for name in COUNTS)
         q, k, v, keys, values, sequences, out, scratch = (self.arguments[name] for name in ADDRESSES)
         at_once = heads_at_once(self._size, self.lanes)
-        own_scores = b.times(b.plus(longest, 2 * self.lanes), at_once)
-        scratch = b.at(scratch, b.times(self.thread(), own_scores), FLOAT32)
+        head_scores = b.plus(longest, SPARE_VECTORS * self.lanes)
+        scratch = b.at(scratch, b.times(self.thread(), at_once, head_scores), FLOAT32)
         with self.shared(b.times(rows, groups)) as n:
             row, group = b.over(n, groups), b.urem(n, groups)
             slot, first, length = (b.read(b.at(sequences, b.plus(b.times(row, 3), i), COUNT), COUNT) for i in range(3))
@@ -73,7 +69,7 @@ class RowAttention(Kernel):
                 queries = [b.at(q, b.plus(b.times(row, q_stride), b.times(head, self._size)), FLOAT32) for head in own_heads]
                 places = [b.plus(b.times(row, groups, self._shared), head) for head in own_heads]
                 outs = [b.at(out, b.times(place, self._size), FLOAT32) for place in places]
-                scores = [b.at(scratch, b.times(i, b.plus(longest, 2 * self.lanes)), FLOAT32) for i in range(len(heads))]
+                scores = [b.at(scratch, b.times(i, head_scores), FLOAT32) for i in range(len(heads))]
                 self._score(queries, kept[0], seen, scores)
                 sums = [self._weigh(own, seen) for own in scores]
                 self._mix(scores, sums, kept[1], seen, outs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,19 @@ def _compiled(kind: type[Kernel], *arguments: Any) -> CompiledKernel:
 
 def lanes_of(kind: type[Kernel]) -> int:
     """Of the widest vectors in which this machine can compute a kernel. Raises NotImplementedError if in none."""
-    if platform.machine() != "x86_64" or not all(hasattr(ctypes.CDLL(None), name) for name in OPENMP):
+    process = ctypes.CDLL(None)
+    if platform.machine() != "x86_64" or not all(hasattr(process, name) for name in OPENMP):
         raise NotImplementedError("kernels are compiled for x86-64 processors and GNU's OpenMP only")
-    features = llvm.get_host_cpu_features()
+    features = host_features()
     for lanes in sorted(kind.features, reverse=True):
         if all(features.get(name) for name in kind.features[lanes]):
             return lanes
     raise NotImplementedError(f"this processor lacks what {kind.__name__} needs, one of {[*kind.features.values()]}")
+
+
+@functools.cache
+def host_features() -> Mapping[str, bool]:
+    return dict(llvm.get_host_cpu_features())
 
 
 def _machine() -> Any:

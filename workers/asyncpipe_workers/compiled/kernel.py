@@ -30,7 +30,6 @@ class Kernel(ABC):
         """Vectors are of `lanes` 32-bit lanes."""
         self.lanes = lanes
         self.num_arguments = len(addresses) + len(counts) + 1
-        self._taken = self.num_arguments  # behind the arguments: how many of `shared` work have been taken
         self.module = ir.Module()
         work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), "work")
         self._build_entry(work)
@@ -39,7 +38,7 @@ class Kernel(ABC):
         self.arguments: dict[str, ir.Value] = {
             name: b.load(b.at(work.args[0], place, COUNT), typ=of) for place, (name, of) in enumerate(types.items())
         }
-        self._counter = b.at(work.args[0], self._taken, COUNT)
+        self._taken = b.at(work.args[0], self.num_arguments, COUNT)  # how much of what is `shared`; behind the arguments
         self.build()
         b.ret_void()
 
@@ -65,7 +64,7 @@ class Kernel(ABC):
         kernel."""
         b = self.b
         with b.endless_loop() as leave:
-            index = b.atomic_rmw("add", self._counter, b.count(1), "monotonic")
+            index = b.atomic_rmw("add", self._taken, b.count(1), "monotonic")
             leave(b.icmp_signed(">=", index, total))
             yield index
 

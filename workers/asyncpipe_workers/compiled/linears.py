@@ -27,7 +27,7 @@ class CompiledLinear:
         self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), panel_size(product.lanes))
         self._padded_size = len(self._bias)
         self._num_groups = num_groups
-        self.num_bytes = words_OW.numel() * words_OW.itemsize + scales.nbytes
+        self.num_bytes = words_OW.nbytes + scales.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 2 or x.dtype != torch.float32:  # a look costs less than calls that change nothing

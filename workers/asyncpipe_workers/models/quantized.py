@@ -58,19 +58,19 @@ class QuantizedLinears:
         self, codec: Codec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None
     ) -> ResidentLinear | None:
         """None where no form is for such a shape. One may be for the shape and yet not for these numbers."""
-        forms = packed_forms(codec, self._device)
-        with contextlib.suppress(NotImplementedError):
-            best = self._quickest(codec, forms, (len(packed), in_size)) if len(forms) > 1 else ""
-            for name in sorted(forms, key=lambda name: name != best):
-                with contextlib.suppress(NotImplementedError):
-                    linear = forms[name](packed, in_size, bias)
-                    if isinstance(linear, Int8Linear):
-                        self.to_pack.append(linear)
-                    return linear
+        for form in self._best_first(codec, (len(packed), in_size)):
+            with contextlib.suppress(NotImplementedError):
+                linear = form(packed, in_size, bias)
+                if isinstance(linear, Int8Linear):
+                    self.to_pack.append(linear)
+                return linear
         return None
 
-    def _quickest(self, codec: Codec, forms: Mapping[str, PackedForm], shape: tuple[int, int]) -> str:
-        out_size, in_size = shape
+    def _best_first(self, codec: Codec, shape: tuple[int, int]) -> list[PackedForm]:
+        """Empty where no form is for such a shape."""
+        forms, (out_size, in_size) = packed_forms(codec, self._device), shape
+        if len(forms) == 1:
+            return list(forms.values())
 
         def make(form: PackedForm) -> ResidentLinear:
             linear = form(codec.encode(torch.randn(1, in_size)).repeat(out_size, 1), in_size, None)
@@ -79,4 +79,9 @@ class QuantizedLinears:
             return linear
 
         what = f"{codec.compression.num_bits} bits {out_size}x{in_size}"
-        return quickest_form(what, {name: partial(make, form) for name, form in forms.items()}, in_size, self._dtype)
+        makers = {name: partial(make, form) for name, form in forms.items()}
+        try:
+            best = quickest_form(what, makers, in_size, self._dtype)
+        except NotImplementedError:
+            return []
+        return [forms[name] for name in sorted(forms, key=lambda name: name != best)]
