@@ -34,8 +34,11 @@ def batch_workload(batch: int) -> Workload:
 
 
 class Model(NamedTuple):
+    """`dtype` is that in which its weights are stored."""
+
     name: str
     shape: Shape | LlamaShape
+    dtype: str
 
     @property
     def family(self) -> str:
@@ -44,9 +47,9 @@ class Model(NamedTuple):
     def make(self, directory: Path) -> int:
         """Random weights in `directory`; returns their bytes."""
         return (
-            make_large_model(directory, self.shape)
+            make_large_model(directory, self.shape, dtype=self.dtype)
             if isinstance(self.shape, Shape)
-            else make_large_llama(directory, self.shape)
+            else make_large_llama(directory, self.shape, dtype=self.dtype)
         )
 
     @property
@@ -60,14 +63,17 @@ class Model(NamedTuple):
 MODELS = {
     model.name: model
     for model in (
-        Model("opt-125m", Shape(hidden=768, layers=12, vocab=50_272)),
-        Model("opt-1.3b", Shape(hidden=2048, layers=24, vocab=50_272)),
+        Model("opt-125m", Shape(hidden=768, layers=12, vocab=50_272), "float16"),
+        Model("opt-1.3b", Shape(hidden=2048, layers=24, vocab=50_272), "float16"),
         Model(
             "llama-1.1b",
             LlamaShape(hidden=2048, layers=22, heads=32, kv_heads=4, intermediate=5632, vocab=32_000),
+            "bfloat16",
         ),
     )
 }
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""The models are published in 16 bits."""
 
 
 class Case(NamedTuple):

@@ -72,8 +72,8 @@ def write_float16(model: Path, target: Path) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, config["vocab_size"])
     for name in sorted(weight_map):
-        with safe_open(model / weight_map[name], framework="numpy") as file:
-            weight = file.get_tensor(name)
+        with safe_open(model / weight_map[name], framework="pt") as file:  # numpy has no bfloat16
+            weight = file.get_tensor(name).float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = interleaved(weight, heads if "q_proj" in name else kv_heads)
         writer.add_tensor(gguf_name(name), weight.astype(np.float32 if weight.ndim == 1 else np.float16))

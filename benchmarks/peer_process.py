@@ -118,9 +118,9 @@ class _Open(NamedTuple):
 class Fleet:
     """The engines of one model. They stay while there is memory: idle, they take no processor time."""
 
-    def __init__(self, model: Model, *, folder: Path, weight_bytes: int, max_batch: int) -> None:
+    def __init__(self, model: Model, *, folder: Path, num_weights: int, max_batch: int) -> None:
         self._model, self._folder, self._max_batch = model, folder, max_batch
-        self._needed_bytes = int(SPARE * weight_bytes) + kv_bytes(model, max_batch=max_batch, stages=1)
+        self._needed_bytes = int(SPARE * 4 * num_weights) + kv_bytes(model, max_batch=max_batch, stages=1)
         self._open: dict[str, _Open] = {}
         self._prepared: set[str] = set()
 

@@ -41,9 +41,10 @@ def rates(timing: Timing, workload: Workload) -> Rates:
 
 
 class Findings:
-    """Of one model."""
+    """Of one model, whose weights are stored in `dtype`."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
         self._rounds: dict[tuple[str, Workload], dict[int, Rates]] = defaultdict(dict)
         self.reasons: dict[str, str] = {}  # of what there is no figure for: a case, or a case and a workload
 
@@ -106,6 +107,7 @@ def as_json(found: Mapping[str, Findings], *, rounds: int) -> dict[str, Any]:
         },
         "tokens_per_s": {model: _medians(findings) for model, findings in found.items()},
         "not_measured": {model: findings.reasons for model, findings in found.items()},
+        "stored": {model: findings.dtype for model, findings in found.items()},
         "prompt_tokens": PROMPT_LEN,
         "new_tokens": NEW_TOKENS,
         "rounds": rounds,
@@ -153,6 +155,7 @@ def version(package: str) -> str | None:
 def as_text(found: Mapping[str, Findings], *, rounds: int) -> str:
     lines = [f"{processor()}, {THREADS} threads, {rounds} rounds; prompts of {PROMPT_LEN}, {NEW_TOKENS} new tokens each", ""]
     for model, findings in found.items():
+        lines += [f"{model}, stored in {findings.dtype}", ""]
         for workload in findings.workloads():
             lines += [*_prefill_lines(model, findings), ""] if workload == PREFILL else [*_lines(model, findings, workload), ""]
         lines += [f"{model}: no figures for {name}: {reason}" for name, reason in findings.reasons.items()]

@@ -4,8 +4,10 @@
     python benchmarks/peers.py --models llama-1.1b --batches 1,32 --plot docs/peers.png
     python benchmarks/peers.py --models opt-125m --prefill --only ours_fp32,hf_fp32
 
-Distinct random prompts of 128 tokens, 32 new tokens each, greedy, end tokens ignored; two threads for everybody. Every engine
-is a process of its own and is asked in turn, round by round; figures are medians, ratios medians of the ratios round by round.
+Checkpoints are stored as these models are published, OPT in float16 and Llama in bfloat16, or as --stored says; everybody
+computes in what the case is named after. Distinct random prompts of 128 tokens, 32 new tokens each, greedy, end tokens ignored;
+two threads for everybody. Every engine is a process of its own and is asked in turn, round by round; figures are medians,
+ratios medians of the ratios round by round.
 
 All times are of one run, of when its tokens came: prefill is from the start to the first token of the last sequence; decode is
 the mean step in which all sequences take part; end to end is all tokens over all of the time. Ours streams to a client in
@@ -32,6 +34,7 @@ import peer_report
 from peer_cases import (
     CASES,
     DEFAULT_BATCHES,
+    DTYPE_BYTES,
     MODELS,
     PREFILL,
     PREFILL_CASES,
@@ -77,15 +80,15 @@ class Plan(NamedTuple):
 
 
 def measure(plan: Plan, model: Model, folder: Path, bar: Any) -> peer_report.Findings:
-    found = peer_report.Findings()
+    found = peer_report.Findings(model.dtype)
     for case in plan.cases:
         if reason := reason_to_skip(case, model):
             found.reasons[case.name] = f"skipped: {reason}"
     bar.set_postfix_str(f"making {model.name}")
-    weight_bytes = model.make(folder / "model")
-    is_one_fleet = weight_bytes * sum(case.bytes_per_weight for case in plan.cases) / 4 < available_bytes() / 3
+    num_weights = model.make(folder / "model") // DTYPE_BYTES[model.dtype]
+    is_one_fleet = num_weights * sum(case.bytes_per_weight for case in plan.cases) < available_bytes() / 3
     slow: set[tuple[str, str]] = set()
-    with Fleet(model, folder=folder, weight_bytes=weight_bytes, max_batch=plan.max_batch) as fleet:
+    with Fleet(model, folder=folder, num_weights=num_weights, max_batch=plan.max_batch) as fleet:
         for number in range(plan.rounds):
             for case, workload in plan.turns(is_one_fleet=is_one_fleet):
                 bar.set_postfix_str(f"{model.name}, {case.name}, {workload.name}")
@@ -134,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", help=f"default: {','.join(MODELS)}; quick: opt-125m")
     parser.add_argument("--batches", help="default: 1,8,32; quick: 1,32")
     parser.add_argument("--only", metavar="CASES", help=f"of {','.join(CASES)} (default: all; quick: {','.join(QUICK_CASES)})")
+    parser.add_argument("--stored", choices=DTYPE_BYTES, help="what weights are stored in (default: as they are published)")
     parser.add_argument("--rounds", type=int, help="default: 3; quick: 2")
     parser.add_argument("--prefill", action="store_true", help="only the time to the first token of one long prompt")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: under 3 minutes")
@@ -157,6 +161,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     models = _chosen("--models", arguments.models, MODELS, default=("opt-125m",) if quick else tuple(MODELS))
     if arguments.layers:
         models = [model._replace(shape=model.shape._replace(layers=arguments.layers)) for model in models]
+    if arguments.stored:
+        models = [model._replace(dtype=arguments.stored) for model in models]
     batches = _batches(arguments.batches) if arguments.batches else QUICK_BATCHES if quick else DEFAULT_BATCHES
     rounds = (2 if quick else 3) if arguments.rounds is None else arguments.rounds
     if rounds < 1:

@@ -51,13 +51,14 @@ class LlamaShape(NamedTuple):
 
 
 class _Checkpoint:
-    """Random float32 tensors, a file for each layer, so that no more than a layer is ever in memory."""
+    """Random tensors, stored as `dtype`, a file for each layer, so that no more than a layer is ever in memory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str) -> None:
         import torch
 
         directory.mkdir(parents=True)
         self._directory = directory
+        self._dtype = getattr(torch, dtype)
         self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
         self._weight_map: dict[str, str] = {}
         self.num_bytes = 0
@@ -69,6 +70,7 @@ class _Checkpoint:
     def save(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
+        tensors = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._weight_map.update(dict.fromkeys(tensors, file))
         save_file(tensors, self._directory / file, metadata={"format": "pt"})
@@ -82,12 +84,12 @@ class _Checkpoint:
         Tokenizer(models.BPE(vocab={"a": 4}, merges=[])).save(str(self._directory / "tokenizer.json"))
 
 
-def make_large_model(directory: Path, shape: Shape) -> int:
-    """A random OPT in float32, with a file for each layer; returns its bytes."""
+def make_large_model(directory: Path, shape: Shape, *, dtype: str = "float32") -> int:
+    """A random OPT, with a file for each layer; returns its bytes."""
     import torch
     from transformers import OPTConfig
 
-    hidden, checkpoint, prefix = shape.hidden, _Checkpoint(directory), "model.decoder"
+    hidden, checkpoint, prefix = shape.hidden, _Checkpoint(directory, dtype), "model.decoder"
 
     def norm(name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": torch.ones(hidden), f"{name}.bias": torch.zeros(hidden)}
@@ -114,18 +116,18 @@ def make_large_model(directory: Path, shape: Shape) -> int:
         num_hidden_layers=shape.layers,
         num_attention_heads=hidden // 64,
         max_position_embeddings=2048,
-        dtype="float32",
+        dtype=dtype,
     )
     checkpoint.finish(config)
     return checkpoint.num_bytes
 
 
-def make_large_llama(directory: Path, shape: LlamaShape) -> int:
-    """A random Llama in float32, with a file for each layer and a head of its own; returns its bytes."""
+def make_large_llama(directory: Path, shape: LlamaShape, *, dtype: str = "float32") -> int:
+    """A random Llama, with a file for each layer and a head of its own; returns its bytes."""
     import torch
     from transformers import LlamaConfig
 
-    hidden, checkpoint = shape.hidden, _Checkpoint(directory)
+    hidden, checkpoint = shape.hidden, _Checkpoint(directory, dtype)
     kv_size = shape.kv_heads * (hidden // shape.heads)
     checkpoint.save(
         "outer.safetensors",
@@ -162,7 +164,7 @@ def make_large_llama(directory: Path, shape: LlamaShape) -> int:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
-        dtype="float32",
+        dtype=dtype,
     )
     checkpoint.finish(config)
     return checkpoint.num_bytes

@@ -19,11 +19,19 @@ from llvmlite import binding as llvm
 
 from asyncpipe_workers.compiled import compiler
 from asyncpipe_workers.compiled.compiler import lanes_of
-from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, FLOAT_FEATURES
-from asyncpipe_workers.compiled.linears import CompiledFloatLinear, CompiledInt4Linear, CompiledInt8Linear, lay_out
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, FLOAT_FEATURES, HALF_FEATURES
+from asyncpipe_workers.compiled.linears import (
+    FLOAT_PRODUCTS,
+    CompiledFloatLinear,
+    CompiledInt4Linear,
+    CompiledInt8Linear,
+    lay_out,
+)
 from asyncpipe_workers.compiled.products import FloatProduct, Int4Product, Int8Product, Product
 
-KINDS: dict[str, type[Product]] = {"float": FloatProduct, "int8": Int8Product, "int4": Int4Product}
+FLOATS = {f"{dtype}".removeprefix("torch."): dtype for dtype in FLOAT_PRODUCTS}
+KINDS: dict[str, type[Product]] = {name: FLOAT_PRODUCTS[dtype] for name, dtype in FLOATS.items()}
+KINDS |= {"int8": Int8Product, "int4": Int4Product}
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,7 +42,6 @@ def made(kind: str, weight: torch.Tensor, bias: torch.Tensor | None = None, grou
     """Skips where the processor has not what it needs."""
     codec, in_size = GroupCodec(group_size), weight.shape[1]
     forms: dict[str, Callable[[], ResidentLinear]] = {
-        "float": lambda: CompiledFloatLinear(weight, bias),
         "int8": lambda: CompiledInt8Linear(RowCodec().encode(weight), in_size, bias),
         "int4": lambda: CompiledInt4Linear(codec, codec.encode(weight), in_size, bias),
     }
@@ -42,13 +49,13 @@ def made(kind: str, weight: torch.Tensor, bias: torch.Tensor | None = None, grou
         lanes_of(KINDS[kind])
     except NotImplementedError as error:
         pytest.skip(str(error))
-    return forms[kind]()
+    return CompiledFloatLinear(weight.to(FLOATS[kind]), bias) if kind in FLOATS else forms[kind]()
 
 
 def as_kept(kind: str, weight: torch.Tensor, group_size: int = 64) -> torch.Tensor:
     """What the quantized weight is worth."""
-    if kind == "float":
-        return weight
+    if kind in FLOATS:
+        return weight.to(FLOATS[kind]).float()
     codec = RowCodec() if kind == "int8" else GroupCodec(group_size)
     return codec.decode(codec.encode(weight), weight.shape[1], dtype=torch.float32)
 
@@ -61,7 +68,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products have vectors of so many; a processor with wide ones has narrow ones too."""
     if request.param == 8:
-        for features in (FLOAT_FEATURES, BYTE_FEATURES):
+        for features in (FLOAT_FEATURES, HALF_FEATURES, BYTE_FEATURES):
             monkeypatch.delitem(features, 16)
         if not llvm.get_host_cpu_features().get("avxvnni"):
             monkeypatch.setitem(BYTE_FEATURES, 8, ["avx512vnni", "avx512vl"])
@@ -86,7 +93,7 @@ def test_products_are_those_of_torch_for_any_number_of_rows(kind: str, shape: tu
     for rows in (1, 2, 3, 4, 7, 8, 13, 40):
         x = numbers(rows, shape[1], seed=rows)
         expected = torch.nn.functional.linear(x, as_kept(kind, weight), bias)
-        assert relative_error(linear(x), expected) < (1e-6 if kind == "float" else 0.02), rows
+        assert relative_error(linear(x), expected) < (1e-6 if kind in FLOATS else 0.02), rows
 
 
 @pytest.mark.usefixtures("lanes")
@@ -149,6 +156,17 @@ def test_shapes_that_fill_no_words_are_not_there(kind: str) -> None:
         made(kind, numbers(64, 70))
 
 
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_numbers_of_sixteen_bits_are_what_they_are(dtype: torch.dtype) -> None:
+    """Tiny ones, infinities and those that are none too: a product with one is the number."""
+    every = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
+    weight = torch.zeros(1 << 16, 4, dtype=dtype)
+    weight[:, 2] = every
+    found = made(f"{dtype}".removeprefix("torch."), weight)(torch.eye(4)[2:3])[0]
+    torch.testing.assert_close(found, every.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_steps_that_float16_cannot_hold_are_not_there() -> None:
     """Of groups whose numbers are a million apart."""
     weight = numbers(32, 64)
@@ -182,7 +200,7 @@ def test_without_openmp_there_are_no_products(monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_may_multiply_at_once() -> None:
     """Each with the same weight and rows of its own."""
-    linear, rows = made("float", numbers(256, 256)), [numbers(5, 256, seed=seed) for seed in range(8)]
+    linear, rows = made("float32", numbers(256, 256)), [numbers(5, 256, seed=seed) for seed in range(8)]
     expected = [linear(x) for x in rows]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from asyncpipe_coordinator.tensor_files import read_header
 from asyncpipe_coordinator.tensor_shapes import SUPPORTED, expected_shapes, model_shape
 from asyncpipe_workers import stage_model
 from asyncpipe_workers.convert import main as convert
+from asyncpipe_workers.models import kernels
 from asyncpipe_workers.models.registry import FAMILIES, find_model
 from asyncpipe_workers.sampling import Sampled
 from tests.checkpoints import distinct_prompts
@@ -50,16 +52,33 @@ def made(directory: Path, name: str) -> Path:
     return path if path.is_dir() else make_family(path, name)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_logits_are_those_of_hugging_face(dtype: str, most: float, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def differences(path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Between our logits, computed in `dtype`, and Hugging Face's in float32."""
     prompts = distinct_prompts(4, longest=90)
     expected = torch.stack([logits[-1] for logits in reference_logits(path, prompts)])
+    assert expected.std() > 1
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(stage_model, "sample", lambda logits, samplers: seen.append(logits) or Sampled((5,) * len(samplers)))
     Chain(load_chain(path, (1, 2), dtype))(joining(*(opened(n, prompt) for n, prompt in enumerate(prompts))))
-    differences = (seen[0].float() - expected).abs()
-    assert expected.std() > 1
-    assert (differences.max() if dtype == "float32" else differences.mean()) < most
+    return (seen[0].float() - expected).abs()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_hugging_face(dtype: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = differences(path, dtype, monkeypatch)
+    assert found.max() < 1e-4 if dtype == "float32" else found.mean() < 0.1
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_16_bits_are_the_same_in_float32(
+    stored: torch.dtype, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form that keeps them as they are, where there is one."""
+    monkeypatch.setattr(kernels, "quickest_form", lambda what, makers, *_: next(iter(makers)))
+    copy = Path(shutil.copytree(path, tmp_path / "copy"))
+    for file in copy.glob("*.safetensors"):
+        save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert differences(copy, "float32", monkeypatch).max() < 1e-4
 
 
 def test_greedy_tokens_equal_hugging_face_for_every_split_and_in_chunks(path: Path) -> None:

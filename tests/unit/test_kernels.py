@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,13 @@ from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models import int4, kernels
 from asyncpipe_workers.models.int4 import Int4Linear
 from asyncpipe_workers.models.int8 import Int8Linear, pack_all
-from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, float_forms, quickest_float_form
+from asyncpipe_workers.models.kernels import FloatLinears, PackedLinear, PlainLinear, fits, quickest_form
 from asyncpipe_workers.models.quantized import QuantizedLinears, packed_forms
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
 from asyncpipe_workers.newest import newest_attention
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture
@@ -173,30 +176,28 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path, monkey
             raise RuntimeError("not on this processor")
 
     forms = {"slow": Slow, "broken": Broken, "plain": PlainLinear}
-    assert quickest_float_form(forms, (256, 256), torch.float32) == "plain"
+    makers = {name: partial(form, numbers(256, 256), None) for name, form in forms.items()}
+    assert quickest_form("form", makers, 256, torch.float32) == "plain"
     (choices,) = json.loads(cache.read_text()).values()
     assert list(choices.values()) == ["plain"]
     made.clear()
     quickest._remembered.cache_clear()  # as at the next start
-    assert quickest_float_form(forms, (256, 256), torch.float32) == "plain"
+    assert quickest_form("form", makers, 256, torch.float32) == "plain"
     assert not made
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    known = (float_forms, newest_attention)  # what has looked for one already
     for module in ("linears", "attention", "compiler"):
         monkeypatch.setitem(sys.modules, f"asyncpipe_workers.compiled.{module}", None)
-    for function in known:
-        function.cache_clear()
+    newest_attention.cache_clear()  # it may have looked for one already
     yield
-    for function in known:
-        function.cache_clear()
+    newest_attention.cache_clear()
 
 
 @pytest.mark.usefixtures("cache", "no_compiler")
 def test_without_a_compiler_there_are_torchs_forms_and_products() -> None:
-    assert list(float_forms()) == ["plain", "packed"]
+    assert list(FloatLinears(torch.float32).forms(torch.float16)) == ["plain", "packed"]
     assert list(packed_forms(RowCodec(), CPU)) == list(packed_forms(GroupCodec(64), CPU)) == ["torch"]
     assert newest_attention(shared=1, size=64, softcap=None) is None
     weight, x = numbers(96, 64), numbers(5, 64, seed=2)
@@ -214,8 +215,29 @@ def test_a_form_that_is_not_for_some_numbers_leaves_them_to_others(cache: Path) 
     assert torch.isfinite(linear(x)).all()
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("stored", "dtype"), [both for both in itertools.product(DTYPES, DTYPES) if fits(*both)])
+@pytest.mark.parametrize("best", ["plain", "packed", "compiled"])
+def test_weights_in_fewer_bits_are_the_same_numbers(
+    stored: torch.dtype, dtype: torch.dtype, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever form, where a form is for these types."""
+    linears = FloatLinears(dtype)
+    if best not in linears.forms(stored):
+        pytest.skip("no kernels are compiled here")
+    monkeypatch.setattr(kernels, "quickest_form", lambda *_: best)
+    weight, bias, x = numbers(96, 64).to(stored), numbers(96, seed=1).to(dtype), numbers(5, 64, seed=2).to(dtype)
+    try:
+        found = linears(weight, bias)(x)
+    except RuntimeError as error:  # which is why it would not have been chosen
+        pytest.skip(str(error))
+    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    assert found.dtype == dtype
+    assert relative_error(found.float(), expected) < torch.finfo(dtype).eps * (10 if dtype == torch.float32 else 1)
+
+
 def test_a_damaged_memory_of_choices_is_measured_anew(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"a": [1]}')
-    assert quickest_float_form({"plain": PlainLinear}, (16, 16), torch.float32) == "plain"
+    assert quickest_form("form", {"plain": partial(PlainLinear, numbers(16, 16), None)}, 16, torch.float32) == "plain"
     assert "plain" in cache.read_text()

@@ -11,6 +11,7 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
 from asyncpipe_workers import stage_model
+from asyncpipe_workers.models import kernels
 from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.sampling import Sampled
 from tests.checkpoints import SHAPES, distinct_prompts, make_opt, reference_generate
@@ -99,6 +100,17 @@ def test_each_stage_holds_only_its_own_parameters(tmp_path: Path) -> None:
     assert last.num_params == layer + 320 * 32 + 2 * 32  # the tied head's copy, and the final norm
     assert whole.num_params == 4 * layer + embeddings + 2 * 32
     assert whole.param_bytes - 4 * whole.num_params in (0, 320 * 32 * 4)  # the head may be there once more, packed
+
+
+def test_weights_in_16_bits_stay_so_where_kernels_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "quickest_form", lambda what, makers, *_: next(iter(makers)))
+    stages = {
+        dtype: load_chain(make_opt(tmp_path / dtype, dtype=dtype), (4,), "float32")[0] for dtype in ("float32", "bfloat16")
+    }
+    if "compiled" not in kernels.FloatLinears(torch.float32).forms(torch.bfloat16):
+        pytest.skip("no kernels are compiled here")
+    float32, bfloat16 = (stages[dtype].param_bytes for dtype in ("float32", "bfloat16"))
+    assert bfloat16 < 0.65 * float32  # the head is there twice, laid out for its kernel, and vectors are converted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

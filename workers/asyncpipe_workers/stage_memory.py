@@ -31,7 +31,7 @@ from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
 from asyncpipe_workers.models.int8 import pack_all
-from asyncpipe_workers.models.kernels import LinearMaker, make_float_linear
+from asyncpipe_workers.models.kernels import FloatLinears
 from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.models.registry import Model, find_model
 from asyncpipe_workers.models.units import StageUnits, Unit
@@ -155,9 +155,9 @@ class _Loader:
         """For weights that are packed as they are read."""
         return make_codec(self._policy.comp_weight_config) if self._policy.compress_weight else None
 
-    def _linear_maker(self) -> LinearMaker | QuantizedLinears:
+    def _linear_maker(self) -> FloatLinears | QuantizedLinears:
         if not self._plan.quantize:
-            return make_float_linear
+            return FloatLinears(self._dtype)
         if self._plan.quantize not in QUANTIZE_FORMS:
             raise Invalid(f"quantize {self._plan.quantize}: use one of {', '.join(QUANTIZE_FORMS)}")
         return QuantizedLinears(make_codec(QUANTIZE_FORMS[self._plan.quantize]), self._device, self._dtype)

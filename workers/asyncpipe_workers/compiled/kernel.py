@@ -15,8 +15,9 @@ from asyncpipe_workers.compiled.builder import ADDRESS, COUNT, NOTHING, WORD, Bu
 ENTRY = "entry"
 OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
-# What vectors of so many 32-bit lanes need of a processor: for floats, and for sums of bytes' products as well.
+# What vectors of so many 32-bit lanes need of a processor: for floats, for float16 or sums of bytes' products as well.
 FLOAT_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma"]}
+HALF_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma", "f16c"]}
 BYTE_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"], 8: ["avx2", "fma", "avxvnni"]}
 
 

@@ -9,8 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
-from asyncpipe_workers.compiled.products import UNROLLED, FloatProduct, Int4Product, Int8Product, panel_size, scratch_bytes
+from asyncpipe_workers.compiled.products import (
+    UNROLLED,
+    BFloat16Product,
+    Float16Product,
+    FloatProduct,
+    Int4Product,
+    Int8Product,
+    panel_size,
+    scratch_bytes,
+)
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+
+FLOAT_PRODUCTS = {torch.float32: FloatProduct, torch.float16: Float16Product, torch.bfloat16: BFloat16Product}
 
 
 class CompiledLinear:
@@ -19,7 +30,7 @@ class CompiledLinear:
     def __init__(
         self, product: CompiledKernel, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
     ) -> None:
-        """`words_OW` are int32; `scales` are laid out already. `num_groups` of a row are quantized each by itself."""
+        """`words_OW` are int16 or int32; `scales` are laid out already. `num_groups` of a row are quantized each by itself."""
         self._product = product
         self._out_size = len(words_OW)
         self._weight_PWC = lay_out(words_OW, panel_size(product.lanes))
@@ -41,12 +52,14 @@ class CompiledLinear:
 
 
 class CompiledFloatLinear(CompiledLinear):
-    """`weight` (O, I) is float32. Raises NotImplementedError where there is no such product."""
+    """`weight` (O, I) is kept in the type that it has; sums are of float32. Raises NotImplementedError where there is no such
+    product."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        if weight.dtype != torch.float32 or weight.shape[1] % UNROLLED:
+        if weight.dtype not in FLOAT_PRODUCTS or weight.shape[1] % UNROLLED:
             raise NotImplementedError(f"no compiled product for {weight.dtype} and {weight.shape[1]} inputs")
-        super().__init__(compiled(FloatProduct), weight.contiguous().view(torch.int32), torch.empty(0), bias, num_groups=0)
+        words_OW = weight.contiguous().view(torch.int16 if weight.itemsize == 2 else torch.int32)
+        super().__init__(compiled(FLOAT_PRODUCTS[weight.dtype]), words_OW, torch.empty(0), bias, num_groups=0)
 
 
 class CompiledInt8Linear(CompiledLinear):
@@ -82,7 +95,7 @@ def lay_out(words_OW: torch.Tensor, num_outputs: int) -> torch.Tensor:
     """(P, W, C), in panels of `num_outputs`, the last one filled with zeros."""
     num_words = words_OW.shape[1]
     num_full, num_left = divmod(len(words_OW), num_outputs)
-    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, num_outputs, dtype=torch.int32)
+    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, num_outputs, dtype=words_OW.dtype)
     full_OW = words_OW[: num_full * num_outputs]
     panels_PWC[:num_full] = full_OW.view(num_full, num_outputs, num_words).transpose(1, 2)
     if num_left:

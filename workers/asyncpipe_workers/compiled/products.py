@@ -1,10 +1,10 @@
-"""The instructions of y = x W^T + b, for weights in float32, eight bits and four bits.
+"""The instructions of y = x W^T + b, for weights in float32, in 16 bits (multiplied as float32), in eight and in four.
 
-A weight is words of 32 bits: one number of 32 bits, four of eight, eight of four. The words of as many outputs as four
-registers have lanes are a panel: word after word, and in each word output after output. So the weight is read once, from its
-beginning to its end, and no sum goes from lane to lane. A thread has some of the panels, and multiplies each with a few rows at
-a time, whose sums stay in registers. Each sum is added up from the first input to the last, however many rows there are: a
-row's result does not depend on what else is in the batch.
+A weight is words: of 32 bits for one number of 32, four of eight or eight of four; of 16 bits for one number of 16. The words
+of as many outputs as four registers have lanes are a panel: word after word, and in each word output after output. So the
+weight is read once, from its beginning to its end, and no sum goes from lane to lane. A thread has some of the panels, and
+multiplies each with a few rows at a time, whose sums stay in registers. Each sum is added up from the first input to the last,
+however many rows there are: a row's result does not depend on what else is in the batch.
 
 With weights in eight and four bits, rows are quantized too, each group of inputs by its own largest magnitude (with eight bits
 a group is a whole row), and products are sums of integers. A NaN makes its row's results NaN.
@@ -28,7 +28,7 @@ from asyncpipe_workers.compiled.builder import (
     WORD,
     Count,
 )
-from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, Kernel
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES, Kernel
 
 ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
 COUNTS = ("rows", "inputs", "outputs")
@@ -63,6 +63,7 @@ class Panel:
 
 
 class Product(Kernel):
+    word: ClassVar[ir.IntType] = WORD
     word_inputs: ClassVar[int]
 
     def __init__(self, lanes: int, group_size: int | None = None) -> None:
@@ -81,7 +82,7 @@ class Product(Kernel):
         words = b.over(self.inputs, self.word_inputs)
         with self.shared(b.over(self.outputs, self.panel_size)) as n:
             first_output = b.times(n, self.panel_size)
-            panel = Panel(b.at(self.weight, b.times(first_output, words), WORD), self.panel_scales(n), first_output)
+            panel = Panel(b.at(self.weight, b.times(first_output, words), self.word), self.panel_scales(n), first_output)
             done: Count = 0
             for tile in TILES:
                 num_tiles = b.over(b.sub(self.rows, b.count(done)), tile)
@@ -149,9 +150,9 @@ class Product(Kernel):
         with b.loop(first_word, b.plus(first_word, words), UNROLLED) as first:
             for word in (b.plus(first, n) for n in range(UNROLLED)):
                 for vector in range(PANEL_VECTORS):
-                    place = b.at(panel.weight, b.plus(b.times(word, self.panel_size), vector * self.lanes), WORD)
+                    place = b.at(panel.weight, b.plus(b.times(word, self.panel_size), vector * self.lanes), self.word)
                     b.prefetch(b.at(place, ASKED_BYTES))
-                    parts = self.parts(b.read(place, b.words))
+                    parts = self.parts(b.read(place, ir.VectorType(self.word, self.lanes)))
                     for n, part in enumerate(parts):
                         for row in rows:
                             row_word = b.read(b.at(self.row_words(row), b.plus(b.times(word, len(parts)), n), WORD), WORD)
@@ -188,6 +189,26 @@ class FloatProduct(Product):
 
     def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
         return self.b.fadd(total, sums)
+
+
+class Float16Product(FloatProduct):
+    """Weights in float16 become float32 as they are read: half of the memory, and the same numbers."""
+
+    features = HALF_FEATURES
+    word = HALF_WORD
+
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        return [self.b.fpext(self.b.bitcast(words, ir.VectorType(FLOAT16, self.lanes)), self.b.floats)]
+
+
+class BFloat16Product(FloatProduct):
+    """Weights in bfloat16, as in `Float16Product`: they are the first half of a float32."""
+
+    word = HALF_WORD
+
+    def parts(self, words: ir.Value) -> Sequence[ir.Value]:
+        b = self.b
+        return [b.bitcast(b.shl(b.zext(words, b.words), b.all_lanes(b.words, HALF_WORD.width)), b.floats)]
 
 
 class _IntegerProduct(Product):

@@ -1,7 +1,9 @@
 """Matrix products in the form that this machine computes fastest.
 
 A weight that stays is given its form once, when it is loaded: as it is, packed by oneDNN for its own kernels, or laid out for
-products that are compiled here, whichever is quickest for its shape. Shapes: R rows, I inputs, O outputs.
+products that are compiled here, whichever is quickest for its shape. The last keep a weight in float16 or bfloat16, as most
+checkpoints are stored, where float32 is computed in: the same numbers from half of the memory. Shapes: R rows, I inputs,
+O outputs.
 """
 
 from __future__ import annotations
@@ -58,22 +60,47 @@ class PackedLinear:
         return onednn_linear(x, self._weight, self._bias)
 
 
-@functools.cache
-def float_forms() -> Mapping[str, LinearMaker]:
-    forms: dict[str, LinearMaker] = {"plain": PlainLinear, "packed": PackedLinear}
-    with contextlib.suppress(ImportError):
-        from asyncpipe_workers.compiled.linears import CompiledFloatLinear
+class FloatLinears:
+    """Makes linears that compute in `dtype`, in the form that is quickest for their shape."""
 
-        forms["compiled"] = CompiledFloatLinear
-    return forms
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
+        """`weight` is of a type that `fits` `dtype`."""
+        if weight.device.type != "cpu":
+            return PlainLinear(weight.to(self.dtype), bias)
+        make = self._quickest(weight.dtype, (weight.shape[0], weight.shape[1]))
+        return make(weight, bias)
+
+    def forms(self, stored: torch.dtype) -> Mapping[str, LinearMaker]:
+        """For weights of that type; where they are about as quick, the first."""
+        forms: dict[str, LinearMaker] = {"plain": self._converted(PlainLinear), "packed": self._converted(PackedLinear)}
+        with contextlib.suppress(ImportError):
+            from asyncpipe_workers.compiled.linears import CompiledFloatLinear
+
+            compiled: dict[str, LinearMaker] = {"compiled": CompiledFloatLinear}
+            is_smaller = stored.itemsize < self.dtype.itemsize
+            forms = compiled | forms if is_smaller else forms | compiled
+        return forms
+
+    def _quickest(self, stored: torch.dtype, shape: tuple[int, int]) -> LinearMaker:
+        @functools.cache
+        def weight() -> torch.Tensor:
+            return torch.randn(shape).mul_(0.02).to(stored)
+
+        forms = self.forms(stored)
+        makers = {name: lambda form=form: form(weight(), None) for name, form in forms.items()}
+        kind = f"{self.dtype}" if stored == self.dtype else f"{stored} as {self.dtype}"
+        return forms[quickest_form(f"{kind} {shape[0]}x{shape[1]}", makers, shape[1], self.dtype)]
+
+    def _converted(self, form: LinearMaker) -> LinearMaker:
+        return lambda weight, bias: form(weight.to(self.dtype), bias)
 
 
-def make_float_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> ResidentLinear:
-    """In the quickest form for its shape."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return PlainLinear(weight, bias)
-    forms = float_forms()
-    return forms[quickest_float_form(forms, (weight.shape[0], weight.shape[1]), weight.dtype)](weight, bias)
+def fits(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has all numbers of `stored`."""
+    return torch.promote_types(stored, dtype) == dtype
 
 
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -102,15 +129,6 @@ def weight_first_is_faster(dtype: torch.dtype) -> bool:
         "weight first": lambda: [lambda: torch.mm(operands()[1], operands()[0].t())],
     }
     return quickest(f"{dtype}", ways) == "weight first"
-
-
-def quickest_float_form(forms: Mapping[str, LinearMaker], shape: tuple[int, int], dtype: torch.dtype) -> str:
-    @functools.cache
-    def weight() -> torch.Tensor:
-        return torch.randn(shape).mul_(0.02).to(dtype)
-
-    makers = {name: lambda form=form: form(weight(), None) for name, form in forms.items()}
-    return quickest_form(f"{dtype} {shape[0]}x{shape[1]}", makers, shape[1], dtype)
 
 
 def quickest_form(what: str, makers: Mapping[str, Callable[[], ResidentLinear]], in_size: int, dtype: torch.dtype) -> str:

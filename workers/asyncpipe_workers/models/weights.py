@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.memory.quantization import Codec
-from asyncpipe_workers.models.kernels import LinearMaker, PlainLinear, ResidentLinear, project
+from asyncpipe_workers.models.kernels import FloatLinears, PlainLinear, ResidentLinear, fits, project
 from asyncpipe_workers.models.quantized import QuantizedLinears
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
@@ -69,10 +69,13 @@ class Table(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResidentTable:
+    """What is looked up is of `dtype`, whatever the rows are kept in."""
+
     rows: torch.Tensor
+    dtype: torch.dtype
 
     def __call__(self, indices_T: torch.Tensor) -> torch.Tensor:
-        return F.embedding(indices_T, self.rows)
+        return F.embedding(indices_T, self.rows).to(self.dtype)
 
 
 class Weights(Protocol):
@@ -182,7 +185,7 @@ class Recorder:
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
         self.wanted.append(Wanted(name, (num_rows, size), 0, num_rows, is_lookup=True))
-        return ResidentTable(torch.empty(num_rows, size, device="meta"))
+        return ResidentTable(torch.empty(num_rows, size, device="meta"), torch.float32)
 
 
 class Source(Protocol):
@@ -196,11 +199,11 @@ class Source(Protocol):
 
 
 class Resident:
-    """Tensors on the device in the dtype to compute in, read once each; `make_linear` gives matrices the form in which they
-    are multiplied, which may be the only one that is kept."""
+    """Tensors on the device, read once each; `make_linear` gives matrices the form in which they are multiplied, which may be
+    the only one that is kept. Matrices and tables stay in the type in which they are stored where `dtype` would say no more."""
 
     def __init__(
-        self, source: Source, *, dtype: torch.dtype, device: torch.device, make_linear: LinearMaker | QuantizedLinears
+        self, source: Source, *, dtype: torch.dtype, device: torch.device, make_linear: FloatLinears | QuantizedLinears
     ) -> None:
         self._source = source
         self._dtype = dtype
@@ -210,7 +213,10 @@ class Resident:
         self.num_params = self.num_bytes = 0
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        return self._kept(self._read(name, (size,)))
+        return self.tensor(name, (size,))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._kept(self._read(name, shape).to(self._dtype))
 
     def linear(self, rows: Sequence[Rows], in_size: int, *, bias: bool) -> Projection:
         biases = [self.vector(f"{name}.bias", size) for name, size in rows] if bias else []
@@ -225,19 +231,16 @@ class Resident:
         return self._made(weight, self.vector(f"{name}.bias", out_size) if bias else None)
 
     def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
-        whole = self._tables.get(name)
-        linear = self._make_linear((self._read(name, of) if whole is None else whole)[first:last], None)
-        if whole is None or not isinstance(linear, PlainLinear):  # else it is the table
-            self.num_bytes += linear.num_bytes
-        return linear
+        table = self._tables.get(name)
+        whole = self._read(name, of) if table is None else table
+        linear = self._make_linear(whole[first:last], None)
+        is_table = table is not None and table.dtype == self._dtype and isinstance(linear, PlainLinear)
+        return linear if is_table else self._counted(linear)
 
     def table(self, name: str, num_rows: int, size: int) -> Table:
-        return ResidentTable(self.tensor(name, (num_rows, size)))
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._tables:
-            self._tables[name] = self._kept(self._read(name, shape))
-        return self._tables[name]
+            self._tables[name] = self._kept(self._read(name, (num_rows, size)))
+        return ResidentTable(self._tables[name], self._dtype)
 
     def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return self._counted(self._make_linear(weight, bias))
@@ -262,7 +265,9 @@ class Resident:
         return tensor
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """In the type that it is stored in, if that says no more than `dtype`."""
+        stored = self._source.read(name, shape)
+        self.num_params += stored.numel()
+        dtype = stored.dtype if fits(stored.dtype, self._dtype) else self._dtype
         # A copy, so that the checkpoint's mapped file can be let go.
-        tensor = self._source.read(name, shape).to(device=self._device, dtype=self._dtype, copy=True)
-        self.num_params += tensor.numel()
-        return tensor
+        return stored.to(device=self._device, dtype=dtype, copy=True)
