@@ -28,7 +28,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         NewestAttention(shared=1, size=16, softcap=None)
     except (ImportError, NotImplementedError) as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(kernels, "quickest_float_form", lambda *_: "compiled")
+    monkeypatch.setattr(kernels, "quickest_form", lambda *_: "compiled")
     monkeypatch.setattr(kv, "newest_attention", lambda **what: NewestAttention(**what))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +24,9 @@ from asyncpipe_workers.memory.disk import DiskFiles
 from asyncpipe_workers.memory.kv import KVCache, KVShape, make_kv_cache
 from asyncpipe_workers.memory.placement import Sized, place
 from asyncpipe_workers.memory.quantization import Codec, make_codec
-from asyncpipe_workers.memory.source import CheckpointSource, DummySource, StoredForm, TensorSource
+from asyncpipe_workers.memory.source import CheckpointSource, DummySource, TensorSource
 from asyncpipe_workers.memory.stored import Storage, StoredTensor
+from asyncpipe_workers.memory.stored_form import StoredForm
 from asyncpipe_workers.memory.tiered_kv import TieredKV
 from asyncpipe_workers.memory.transfers import TransferLog
 from asyncpipe_workers.memory.weights import ResidentWeights, StreamedWeights, WeightStore
@@ -40,7 +40,6 @@ from asyncpipe_workers.sweep import sequence_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IO_THREADS = 4
-ANNOUNCED_UNITS = 2  # that the disk reads ahead of those that are being made
 KV_DISK_SHARE = 0.5  # of the free disk, when nothing else says how much
 
 
@@ -148,8 +147,11 @@ class _Loader:
         if self._plan.dummy_weights:
             yield DummySource(dtype=self._dtype, codec=codec)
             return
-        with Checkpoint(Path(self._plan.checkpoint)) as checkpoint:
-            yield CheckpointSource(checkpoint, self._files, codec=codec)
+        with (
+            Checkpoint(Path(self._plan.checkpoint)) as checkpoint,
+            contextlib.closing(CheckpointSource(checkpoint, self._files, codec=codec)) as source,
+        ):
+            yield source
 
     def _weight_codec(self) -> Codec | None:
         """For weights that are packed as they are read."""
@@ -167,24 +169,12 @@ class _Loader:
     def _resident(self, units: StageUnits, source: TensorSource) -> tuple[WeightStore, TierBytes, int]:
         make_linear = self._linear_maker()
         weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=make_linear)
-        store = ResidentWeights(self._announced(sequence_of(units), source), weights)
+        sequence = sequence_of(units)
+        source.expect(form for group in self._groups(sequence, source) for form in group)
+        store = ResidentWeights(sequence, weights)
         if isinstance(make_linear, QuantizedLinears):
             self._pack_later(make_linear)
         return store, TierBytes(device=weights.num_bytes), weights.num_params
-
-    def _announced(self, units: Sequence[Unit[Any]], source: TensorSource) -> Iterator[Unit[Any]]:
-        """Each when the disk has been told to read the next ones."""
-        groups = iter(self._groups(units, source))
-        for group in itertools.islice(groups, ANNOUNCED_UNITS):
-            self._announce(group)
-        for unit in units:
-            self._announce(next(groups, []))
-            yield unit
-
-    def _announce(self, forms: Iterable[StoredForm]) -> None:
-        for form in forms:
-            if form.place is not None:
-                self._files[form.place.path].announce(form.place.offset, form.num_rows * form.row_bytes)
 
     def _pack_later(self, linears: QuantizedLinears) -> None:
         stop = threading.Event()

@@ -83,10 +83,6 @@ class DiskFile:
             self.forget(offset, count)
         return count
 
-    def announce(self, offset: int, num_bytes: int) -> None:
-        """Let the page cache begin to read what will be asked for soon."""
-        self._advise(offset, num_bytes, "POSIX_FADV_WILLNEED")
-
     def forget(self, offset: int, num_bytes: int) -> None:
         """Let the page cache drop what nobody will ask for soon."""
         self._advise(offset, num_bytes, "POSIX_FADV_DONTNEED")

@@ -1,13 +1,9 @@
-"""A model's tensors in the form in which they are stored, by rows, so that no more is in memory than is wanted.
-
-A stored tensor is rows of bytes: of its numbers as they are, or of codes of few bits (`Codec`). Vectors are one row.
-"""
+"""A model's tensors in the form in which they are stored, by rows, so that no more is in memory than is wanted."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -17,50 +13,12 @@ from asyncpipe.tensor_names import quantized_suffix
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
 from asyncpipe_workers.memory.quantization import Codec, make_codec
+from asyncpipe_workers.memory.read_ahead import ReadAhead
+from asyncpipe_workers.memory.stored_form import StoredForm
 
 CHUNK_BYTES = 16 << 20  # of rows read, or packed, at once
 DUMMY_STD = 0.02
 DUMMY_POOL = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """Of a tensor of `shape`: `codec` None means plain numbers of `dtype`. `place` is where its bytes are, row by row."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    codec: Codec | None
-    place: FileRange | None
-
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0] if len(self.shape) > 1 else 1
-
-    @property
-    def row_len(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.codec.packed_size(self.row_len) if self.codec else self.row_len * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_rows * self.row_bytes
-
-    def unpack(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        """`rows` (n, row_bytes) uint8 to numbers in `out` (n, row_len)."""
-        if self.codec is not None:
-            self.codec.decode(rows, self.row_len, dtype=out.dtype, out=out)
-        else:
-            out.copy_(self.numbers(rows))
-
-    def numbers(self, rows: torch.Tensor) -> torch.Tensor:
-        """Plain rows as what they are, (n, row_len), without a copy where they are aligned to their type."""
-        if rows.storage_offset() % self.dtype.itemsize:
-            rows = rows.clone()
-        return rows.view(self.dtype)
 
 
 class TensorSource(Protocol):
@@ -74,24 +32,27 @@ class TensorSource(Protocol):
         """Rows [first, last) as bytes, some at a time: (n, row_bytes) uint8, valid until the next."""
         ...
 
+    def expect(self, forms: Iterable[StoredForm]) -> None:
+        """That `read` and `read_packed` will be asked for these, in this order."""
+        ...
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """All of it, as numbers."""
+        """All of it, as numbers; nobody else has them."""
         ...
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
-        """All rows in the codec's form, (n, packed bytes) uint8."""
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        """All rows in the codec's form, (n, packed bytes) uint8; nobody else has them."""
         ...
 
 
-def _read_packed(source: TensorSource, form: StoredForm, codec: Codec, out: torch.Tensor) -> None:
-    """As they are, if they are packed so, or packed some at a time."""
-    for rows, target in _chunks_into(out, source, form):
-        if _is_packed_by(codec, form):
-            target.copy_(rows)
-        else:
-            numbers = torch.empty(len(rows), form.row_len, dtype=torch.float32 if form.codec else form.dtype)
-            form.unpack(rows, numbers)
-            target.copy_(codec.encode(numbers))
+def _packed(source: TensorSource, form: StoredForm, codec: Codec) -> torch.Tensor:
+    """Rows that are not in the codec's form, packed some at a time."""
+    packed = torch.empty(form.num_rows, codec.packed_size(form.row_len), dtype=torch.uint8)
+    for rows, target in _chunks_into(packed, source, form):
+        numbers = torch.empty(len(rows), form.row_len, dtype=torch.float32 if form.codec else form.dtype)
+        form.unpack(rows, numbers)
+        target.copy_(codec.encode(numbers))
+    return packed
 
 
 def _is_packed_by(codec: Codec, form: StoredForm) -> bool:
@@ -121,6 +82,7 @@ class CheckpointSource:
         quantization = checkpoint.quantization
         self._packed_codec = make_codec(quantization) if quantization else None
         self._suffix = quantized_suffix(quantization.num_bits) if quantization else ""
+        self._ahead = ReadAhead(self._read_rows, ())
 
     def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
         if self._packed_codec is not None and name + self._suffix in self._names:
@@ -143,21 +105,35 @@ class CheckpointSource:
             return
         yield from _chunks_of(self._checkpoint.read(form.name, form.shape), form, first, last)
 
+    def expect(self, forms: Iterable[StoredForm]) -> None:
+        self._ahead.close()
+        self._ahead = ReadAhead(self._read_rows, [form for form in forms if form.place is not None])
+
+    def close(self) -> None:
+        self._ahead.close()
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         form = self.form(name, shape)
         if form.codec is None and form.place is None:
-            return self._checkpoint.read(name, shape)
-        numbers = torch.empty(form.num_rows, form.row_len, dtype=torch.float32 if form.codec else form.dtype)
-        for rows, target in _chunks_into(numbers, self, form):
-            form.unpack(rows, target)
-        return numbers.view(shape)
+            return self._checkpoint.read(name, shape).clone()  # so that the mapped file can be let go
+        return form.all_numbers(self._rows(form))
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
         form = self.form(name, shape)
-        if form.place is not None and not self._files.direct and _is_packed_by(codec, form):
-            self._files[form.place.path].read(form.place.offset, out.numpy().reshape(-1).data)
+        return self._rows(form) if _is_packed_by(codec, form) else _packed(self, form, codec)
+
+    def _rows(self, form: StoredForm) -> torch.Tensor:
+        rows = self._ahead.take(form.name)
+        return self._read_rows(form) if rows is None else rows
+
+    def _read_rows(self, form: StoredForm) -> torch.Tensor:
+        rows = torch.empty(form.num_rows, form.row_bytes, dtype=torch.uint8)
+        if form.place is not None and not self._files.direct:
+            self._files[form.place.path].read(form.place.offset, rows.numpy().reshape(-1).data)
         else:
-            _read_packed(self, form, codec, out)
+            for chunk, target in _chunks_into(rows, self, form):
+                target.copy_(chunk)
+        return rows
 
     def _plain_form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
         place = self._checkpoint.locate(name, shape)
@@ -203,12 +179,15 @@ class DummySource:
             numbers = self._fill(form, row * form.row_len, buffer[:count]).view(-1, form.row_len)
             yield form.codec.encode(numbers) if form.codec else _as_bytes(numbers)
 
+    def expect(self, forms: Iterable[StoredForm]) -> None:
+        """Nothing is read."""
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         form = StoredForm(name, shape, self._dtype, None, None)
         return self._fill(form, 0, _new_numbers(form.num_rows * form.row_len, self._dtype)).view(shape)
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
-        _read_packed(self, self.form(name, shape), codec, out)
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        return _packed(self, self.form(name, shape), codec)
 
     def _fill(self, form: StoredForm, start: int, numbers: torch.Tensor) -> torch.Tensor:
         """With those of the tensor from number `start` on."""

@@ -20,7 +20,8 @@ from asyncpipe_workers.memory.disk import (
     new_buffer,
 )
 from asyncpipe_workers.memory.placement import Rows
-from asyncpipe_workers.memory.source import StoredForm, TensorSource
+from asyncpipe_workers.memory.source import TensorSource
+from asyncpipe_workers.memory.stored_form import StoredForm
 
 LOOKUP_TASK_ROWS = 64  # single rows that one task reads from disk
 

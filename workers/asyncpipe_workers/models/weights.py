@@ -191,10 +191,12 @@ class Recorder:
 class Source(Protocol):
     """Where a model's tensors come from, by the names that its code uses."""
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Nobody else has it."""
+        ...
 
-    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec, out: torch.Tensor) -> None:
-        """A matrix (O, I) as rows of `codec`'s, (O, B) uint8."""
+    def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
+        """A matrix (O, I) as rows of `codec`'s, (O, B) uint8. Nobody else has it."""
         ...
 
 
@@ -224,7 +226,7 @@ class Resident:
         if isinstance(self._make_linear, QuantizedLinears):
             return self._counted(self._make_linear.of_packed(self._read_packed(rows, in_size), in_size, joint_bias))
         matrices = [self._read(f"{name}.weight", (size, in_size)) for name, size in rows]
-        return self._made(torch.cat(matrices) if len(matrices) > 1 else matrices[0], joint_bias)
+        return self._made(_one(matrices), joint_bias)
 
     def transposed(self, name: str, in_size: int, out_size: int, *, bias: bool) -> Projection:
         weight = self._read(f"{name}.weight", (in_size, out_size)).t().contiguous()
@@ -251,14 +253,9 @@ class Resident:
 
     def _read_packed(self, rows: Sequence[Rows], in_size: int) -> torch.Tensor:
         assert isinstance(self._make_linear, QuantizedLinears)  # noqa: S101 - the callers' condition
-        codec, row = self._make_linear.codec, 0
-        num_rows = sum(size for _, size in rows)
-        packed = torch.empty(num_rows, codec.packed_size(in_size), dtype=torch.uint8)
-        for name, size in rows:
-            self._source.read_packed(f"{name}.weight", (size, in_size), codec, packed[row : row + size])
-            row += size
-        self.num_params += num_rows * in_size
-        return packed
+        codec = self._make_linear.codec
+        self.num_params += sum(size for _, size in rows) * in_size
+        return _one([self._source.read_packed(f"{name}.weight", (size, in_size), codec) for name, size in rows])
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         self.num_bytes += tensor.nbytes
@@ -268,6 +265,8 @@ class Resident:
         """In the type that it is stored in, if that says no more than `dtype`."""
         stored = self._source.read(name, shape)
         self.num_params += stored.numel()
-        dtype = stored.dtype if fits(stored.dtype, self._dtype) else self._dtype
-        # A copy, so that the checkpoint's mapped file can be let go.
-        return stored.to(device=self._device, dtype=dtype, copy=True)
+        return stored.to(device=self._device, dtype=stored.dtype if fits(stored.dtype, self._dtype) else self._dtype)
+
+
+def _one(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]

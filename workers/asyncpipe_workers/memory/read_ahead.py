@@ -1,0 +1,49 @@
+"""Reading what will be asked for while what was asked for is worked on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from asyncpipe_workers.memory.stored_form import StoredForm
+
+AHEAD_BYTES = 128 << 20  # that are read, or being read, and not taken
+
+
+class ReadAhead:
+    """A thread reads `forms` in their order. At most `AHEAD_BYTES` wait to be taken, or one tensor if that is larger."""
+
+    def __init__(self, read: Callable[[StoredForm], torch.Tensor], forms: Iterable[StoredForm]) -> None:
+        self._read = read
+        self._left = deque(forms)
+        self._begun: dict[str, tuple[StoredForm, Future[torch.Tensor]]] = {}
+        self._begun_bytes = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._begin()
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """What `read` gave for the form of that name; None: it was not read ahead, or has been taken. Raises what `read`
+        raised."""
+        if name not in self._begun:
+            return None
+        form, reading = self._begun.pop(name)
+        try:
+            return reading.result()
+        finally:
+            self._begun_bytes -= form.num_bytes
+            self._begin()
+
+    def close(self) -> None:
+        """What is being read is read to its end. May be called again."""
+        self._left.clear()
+        self._begun.clear()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _begin(self) -> None:
+        while self._left and (not self._begun or self._begun_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
+            form = self._left.popleft()
+            self._begun[form.name] = form, self._thread.submit(self._read, form)
+            self._begun_bytes += form.num_bytes
