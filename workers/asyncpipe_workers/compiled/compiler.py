@@ -30,9 +30,9 @@ class CompiledKernel:
         function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * kernel.num_arguments)
         self._function: Any = function(self._engine.get_function_address(ENTRY))
 
-    def __call__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
-        """On as many threads as torch computes with."""
-        self._function(*[tensor.data_ptr() for tensor in tensors], *counts, torch.get_num_threads())
+    def __call__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int], num_threads: int | None = None) -> None:
+        """On as many threads as torch computes with, if nothing is said."""
+        self._function(*[tensor.data_ptr() for tensor in tensors], *counts, num_threads or torch.get_num_threads())
 
 
 def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:

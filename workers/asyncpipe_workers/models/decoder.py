@@ -19,7 +19,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV, AttentionForm
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, logits
+from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, gated, logits
 from asyncpipe_workers.models.rope import Rope, make_rope, rope_parameters, rotate
 from asyncpipe_workers.models.units import Blocks, Layer
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
@@ -125,7 +125,7 @@ class GatedFeedForward:
         self, weights: Weights, config: DecoderConfig, gate_up: list[Rows], down: str, *, size: int | None = None
     ) -> None:
         hidden = config.hidden_size
-        self._activation = ACTIVATIONS[config.activation]
+        self._activation = config.activation
         self.gate_up = weights.linear(gate_up, hidden, bias=config.has_ffn_bias)
         self.down = weights.linear([Rows(down, hidden)], size or config.ffn_size, bias=config.has_ffn_bias)
 
@@ -133,8 +133,7 @@ class GatedFeedForward:
         return self.apply(x_TD)
 
     def apply(self, x_TD: torch.Tensor) -> torch.Tensor:
-        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(self._activation(gate_TF).mul_(up_TF))
+        return self.down(gated(self.gate_up(x_TD), self._activation))
 
 
 class Residual:

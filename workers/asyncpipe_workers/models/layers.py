@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe.model_shape import ModelShape
+from asyncpipe_workers.models.row_kernels import row_kernel
 from asyncpipe_workers.models.weights import Projection, Weights
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -36,14 +37,32 @@ class LayerNorm:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """x over its root mean square, times `weight`: (D,), or (N, D) where N heads have their own (Zhang and Sennrich 2019)."""
+    """x over its root mean square, times `weight` (Zhang and Sennrich 2019): (T, D) with (D,), or (T, N, D) with (N, D) where N
+    heads have their own."""
 
     weight: torch.Tensor
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape[-1:], None, self.eps)
-        return (normed * self.weight).to(x.dtype)
+        size = self.weight.shape[-1]
+        kernel = row_kernel("RMSNormRows", x, size, self.eps)
+        if kernel is None or self.weight.dtype != x.dtype or x.stride()[1:] != self.weight.stride():
+            return (F.rms_norm(x.to(self.weight.dtype), (size,), None, self.eps) * self.weight).to(x.dtype)
+        y = torch.empty(x.shape)
+        kernel((x, y, self.weight), (len(x), self.weight.numel() // size, size, x.stride(0)))
+        return y
+
+
+def gated(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
+    """(T, F): the activation of the first half times the second. What is given may be changed."""
+    size = gate_up_T2F.shape[1] // 2
+    kernel = row_kernel("GateRows", gate_up_T2F, size, activation)
+    if kernel is None or gate_up_T2F.stride(1) != 1:
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate_TF).mul_(up_TF)
+    y_TF = torch.empty(len(gate_up_T2F), size)
+    kernel((gate_up_T2F, y_TF), (len(y_TF), size, gate_up_T2F.stride(0)))
+    return y_TF
 
 
 def logits(weights: Weights, config: ModelShape, first: int, last: int, *, table: str = "embed_tokens.weight") -> Projection:

@@ -17,6 +17,7 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.models.row_kernels import row_kernel
 
 DEFAULT_THETA = 10_000.0
 
@@ -64,13 +65,18 @@ def _on_device(rope: Rope, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def rotate(x_TNK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """(T, N, K), of its own."""
+    """(T, N, K), which may be x, changed."""
     cos_T1K, sin_T1F = rotation
-    size = sin_T1F.shape[-1]
-    turned_TNK = x_TNK[..., : 2 * size] * cos_T1K
-    turned_TNK[..., :size].addcmul_(x_TNK[..., size : 2 * size], sin_T1F, value=-1)
-    turned_TNK[..., size:].addcmul_(x_TNK[..., :size], sin_T1F)
-    return turned_TNK if 2 * size == x_TNK.shape[-1] else torch.cat([turned_TNK, x_TNK[..., 2 * size :]], dim=-1)
+    (num_heads, size), num_turned = x_TNK.shape[1:], sin_T1F.shape[-1]
+    kernel = row_kernel("TurnRows", x_TNK, num_turned)
+    if kernel is not None and sin_T1F.dtype == x_TNK.dtype and x_TNK.stride()[1:] == (size, 1):
+        counts = (len(x_TNK), num_heads, size, num_turned, x_TNK.stride(0), cos_T1K.shape[-1])
+        kernel((x_TNK, cos_T1K, sin_T1F), counts)
+        return x_TNK
+    turned_TNK = x_TNK[..., : 2 * num_turned] * cos_T1K
+    turned_TNK[..., :num_turned].addcmul_(x_TNK[..., num_turned : 2 * num_turned], sin_T1F, value=-1)
+    turned_TNK[..., num_turned:].addcmul_(x_TNK[..., :num_turned], sin_T1F)
+    return turned_TNK if 2 * num_turned == size else torch.cat([turned_TNK, x_TNK[..., 2 * num_turned :]], dim=-1)
 
 
 def rope_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
