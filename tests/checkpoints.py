@@ -30,8 +30,10 @@ def make_opt(
     dtype: str = "float32",
     max_shard_size: str = "1GB",
     safe: bool = True,
+    **more: object,
 ) -> Path:
-    """Save a random OPT under `directory` and return it. Weights are large enough that prompts give distinct outputs."""
+    """Save a random OPT under `directory` and return it; `more` are fields of its configuration. Weights are large enough that
+    prompts give distinct outputs."""
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -48,7 +50,7 @@ def make_opt(
         "dropout": 0.0,
     }
     torch.manual_seed(seed)
-    model = OPTForCausalLM(OPTConfig(**(fields | SHAPES[shape]))).to(getattr(torch, dtype))
+    model = OPTForCausalLM(OPTConfig(**(fields | SHAPES[shape] | more))).to(getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms that are not trivially zero and one

@@ -103,15 +103,15 @@ _COMMON = {
 }
 
 
-def make_family(directory: Path, name: str, *, seed: int = 0) -> Path:
-    """Save a random model of the variant under `directory` and return that. Weights are large enough that prompts give
-    distinct outputs."""
+def make_family(directory: Path, name: str, *, seed: int = 0, **fields: Any) -> Path:
+    """Save a random model of the variant under `directory` and return that; `fields` go before its own. Weights are large
+    enough that prompts give distinct outputs."""
     import transformers
 
     variant = VARIANTS[name]
     common = {} if variant.config == "GPT2Config" else _COMMON
     others = {key: value for key, value in _COMMON.items() if key.endswith("token_id") or key == "vocab_size"}
-    config = getattr(transformers, variant.config)(**(others | common | dict(variant.fields)))
+    config = getattr(transformers, variant.config)(**(others | common | dict(variant.fields) | fields))
     return _save(getattr(transformers, variant.model)(config), directory, seed=seed)
 
 

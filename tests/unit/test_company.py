@@ -10,26 +10,12 @@ import torch
 
 from asyncpipe.wire.messages import Delta
 from asyncpipe_workers import stage_model
-from asyncpipe_workers.memory import kv
-from asyncpipe_workers.models import kernels
-from asyncpipe_workers.newest import NewestAttention
 from asyncpipe_workers.sampling import Sampled
 from tests.checkpoints import distinct_prompts, make_opt
 from tests.families import make_family
 from tests.stage_chains import Chain, joining, load_chain, opened
 
 TOKEN = 5  # is always taken
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However this machine would choose."""
-    try:
-        NewestAttention(shared=1, size=16, softcap=None)
-    except (ImportError, NotImplementedError) as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels, "quickest_form", lambda *_: "compiled")
-    monkeypatch.setattr(kv, "newest_attention", lambda **what: NewestAttention(**what))
 
 
 def logits_of(path: Path, layers: int, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -49,6 +35,7 @@ def logits_of(path: Path, layers: int, prompts: list[list[int]], monkeypatch: py
     return torch.stack(seen, dim=1)
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("family", ["opt", "llama-tied", "qwen3", "gemma2", "qwen3-moe"])
 def test_logits_do_not_depend_on_company(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_opt(tmp_path, shape="opt-iml", layers=3) if family == "opt" else make_family(tmp_path, family)

@@ -15,19 +15,23 @@ import torch
 from asyncpipe_workers.attention import QKV, KeysValues, attend_rows
 from asyncpipe_workers.layout import Row
 from asyncpipe_workers.quickest import Call, quickest
+from asyncpipe_workers.tape import new_tensor
+
+SCRATCH_TOKENS = 256  # of which scratch has room for a multiple
 
 
 class Seen(NamedTuple):
     """What each of the newest tokens sees: the same in every layer of one window."""
 
     sequences_B3: torch.Tensor  # int64: slot, first token, length
-    longest: int  # tokens that one sees
+    longest: int  # tokens that one may see, so that the same scratch does for many steps
 
     @classmethod
     def of(cls, rows: Sequence[Row], window: int | None) -> Seen:
         firsts = [0 if window is None else max(row.length - window, 0) for row in rows]
         sequences = [(row.slot, first, row.length) for row, first in zip(rows, firsts, strict=True)]
-        return cls(torch.tensor(sequences), max(length - first for _, first, length in sequences))
+        longest = max(length - first for _, first, length in sequences)
+        return cls(torch.tensor(sequences), -(-longest // SCRATCH_TOKENS) * SCRATCH_TOKENS)
 
 
 class NewestAttention:
@@ -48,8 +52,8 @@ class NewestAttention:
         count = len(seen.sequences_B3)
         q, k, v = (each if each.stride()[1:] == (each.shape[2], 1) else each.contiguous() for each in qkv)
         groups, capacity = cache.keys_GCK.shape[1:3]
-        out_BHK = torch.empty(count, *q.shape[1:])
-        scratch = torch.empty(self._scratch_bytes(seen.longest, num_threads=torch.get_num_threads()), dtype=torch.uint8)
+        out_BHK = new_tensor(count, *q.shape[1:])
+        scratch = new_tensor(self._scratch_bytes(seen.longest, num_threads=torch.get_num_threads()), dtype=torch.uint8)
         tensors = (q, k, v, *cache, seen.sequences_B3, out_BHK, scratch)
         self._kernel(tensors, (count, groups, capacity, q.stride(0), k.stride(0), v.stride(0), seen.longest))
         return out_BHK

@@ -13,11 +13,12 @@ from asyncpipe.errors import Invalid
 from asyncpipe.wire.messages import MAX_CONTEXT_TOKENS, Delta, LoadStage, PromptLogprobs, TierReport
 from asyncpipe_workers.batch import StageSequences
 from asyncpipe_workers.decode_graph import Capture, CudaCapture, DecodeGraphs, GraphedSweep, graphs_are_wanted
+from asyncpipe_workers.decode_tape import DecodeTapes, TapedSweep, tapes_are_wanted
 from asyncpipe_workers.grouping import AllThatWait, Grouping, OneByOne
 from asyncpipe_workers.indices import indices
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.activations import DeviceActivations
-from asyncpipe_workers.memory.kv import PagedKV
+from asyncpipe_workers.memory.kv import ArenaKV, PagedKV
 from asyncpipe_workers.memory.weights import ResidentWeights
 from asyncpipe_workers.output import ArrivedStep, Posting, StageOutput, joined
 from asyncpipe_workers.sampling import sample, score
@@ -47,11 +48,13 @@ class StageModel:
         self._is_first = memory.units.embedding is not None
         self._is_last = memory.units.head_input is not None
         self._sequences = StageSequences(memory.cache, device=memory.device, eos_token_ids=eos_token_ids)
-        self._sweep: Sweep | GraphedSweep = Sweep(
+        self._sweep: Sweep | GraphedSweep | TapedSweep = Sweep(
             memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap
         )
         if graphs_are_wanted(memory.device):
             self.use_graphs(CudaCapture(memory.device))
+        if tapes_are_wanted():
+            self._use_tapes()
         staged_bytes = STAGED_ROWS * hidden_size * memory.dtype.itemsize
         self._staging = StagingRing(memory.device, num_buffers=STAGING_BUFFERS, buffer_bytes=staged_bytes)
         self._batch_rows = CPU_BATCH_ROWS if memory.device.type == "cpu" else MAX_CONTEXT_TOKENS
@@ -91,6 +94,16 @@ class StageModel:
                 capture=capture,
             )
             self._sweep = GraphedSweep(sweep, graphs)
+
+    def _use_tapes(self) -> None:
+        """For steps that only continue sequences, if all that they need is in memory."""
+        memory, sweep = self._memory, self._sweep
+        if not (isinstance(memory.cache, ArenaKV) and isinstance(memory.weights, ResidentWeights) and isinstance(sweep, Sweep)):
+            return
+        if isinstance(memory.activations, DeviceActivations):
+            first = int(self._is_first)
+            layers = [memory.weights.acquire(first + index) for index in range(len(memory.units.layers))]
+            self._sweep = TapedSweep(sweep, DecodeTapes(layers, memory.cache))
 
     @property
     def tiers(self) -> TierReport:

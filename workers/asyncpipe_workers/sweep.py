@@ -7,7 +7,7 @@ of, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,6 +78,18 @@ class Sweep:
             yield from self._layer(index, unit, visits, gives_results=is_final and index == last)
         if not is_final:
             yield from self._head(works)
+
+    def run_step(self, work: Work, layers: Callable[[torch.Tensor, StepLayout], torch.Tensor]) -> Iterator[Result]:
+        """A step of one batch, where all is on the device: `layers` computes them all, and what it gives may change later."""
+        hidden_TD = work.input_T
+        if self._units.embedding is not None:
+            hidden_TD = self._weights.acquire(0)(work.input_T, work.layout.positions_T)
+        hidden_TD = layers(hidden_TD, work.layout)
+        if self._units.head_input is None:
+            yield Result(work, hidden_TD.clone())
+            return
+        self._activations.put((work.number, 0), hidden_TD)
+        yield from self._head([work])
 
     def _embed(self, visits: Sequence[_Visit]) -> None:
         embedding = self._weights.acquire(0)

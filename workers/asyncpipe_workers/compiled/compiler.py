@@ -10,29 +10,54 @@ from typing import Any
 
 import torch
 from llvmlite import binding as llvm
+from llvmlite import ir
 
-from asyncpipe_workers.compiled.kernel import ENTRY, OPENMP, Kernel
+from asyncpipe_workers.compiled.kernel import OPENMP, WORK, Kernel
+from asyncpipe_workers.tape import Call, recorded_tape
 
 SPEED_LEVEL = 2
 
 
+class CompiledModule:
+    """Functions of this process."""
+
+    def __init__(self, module: ir.Module) -> None:
+        machine = _machine()
+        parsed = llvm.parse_assembly(str(module))
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=SPEED_LEVEL))
+        passes.getModulePassManager().run(parsed, passes)
+        self._engine = llvm.create_mcjit_compiler(parsed, machine)  # the functions live as long as it does
+        self._engine.finalize_object()
+
+    def address(self, function: str) -> int:
+        found: int = self._engine.get_function_address(function)
+        return found
+
+
 class CompiledKernel:
-    """A function of this process. May be called from several threads at once."""
+    """May be called from several threads at once."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.lanes = kernel.lanes
-        machine = _machine()
-        module = llvm.parse_assembly(str(kernel.module))
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=SPEED_LEVEL))
-        passes.getModulePassManager().run(module, passes)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # the function lives as long as it does
-        self._engine.finalize_object()
-        function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * kernel.num_arguments)
-        self._function: Any = function(self._engine.get_function_address(ENTRY))
+        self._module = CompiledModule(kernel.module)
+        self._work = self._module.address(WORK)
+        self._arguments = ctypes.c_int64 * (len(kernel.arguments) + 1)
 
     def __call__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int], num_threads: int | None = None) -> None:
         """On as many threads as torch computes with, if nothing is said."""
-        self._function(*[tensor.data_ptr() for tensor in tensors], *counts, num_threads or torch.get_num_threads())
+        num_threads = num_threads or torch.get_num_threads()
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        arguments = self._arguments(*addresses, *counts)
+        _run_on_threads()(self._work, arguments, num_threads, 0)
+        if (tape := recorded_tape()) is not None:
+            tape.add(Call(self._work, arguments, num_threads), keep=tensors)
+
+
+@functools.cache
+def _run_on_threads() -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
+        ("GOMP_parallel", ctypes.CDLL(None))
+    )
 
 
 def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from asyncpipe_workers.compiled.builder import ADDRESS, COUNT, NOTHING, WORD, Builder
 
-ENTRY = "entry"
+WORK = "work"
 OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 # What vectors of so many 32-bit lanes need of a processor: for floats, for float16 or sums of bytes' products as well.
@@ -22,24 +22,22 @@ BYTE_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"]
 
 
 class Kernel(ABC):
-    """A module whose function `ENTRY` takes addresses, counts and the number of threads, 64 bits each. `build` says what each
-    thread does."""
+    """A module whose function `WORK` is what each thread does, as `build` says. It finds its arguments, addresses and then
+    counts, 64 bits each, where its own argument points to, and behind them a number that is zero at first."""
 
     features: ClassVar[dict[int, list[str]]] = FLOAT_FEATURES
 
     def __init__(self, lanes: int, addresses: Sequence[str], counts: Sequence[str]) -> None:
         """Vectors are of `lanes` 32-bit lanes."""
         self.lanes = lanes
-        self.num_arguments = len(addresses) + len(counts) + 1
         self.module = ir.Module()
-        work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), "work")
-        self._build_entry(work)
+        work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), WORK)
         b = self.b = Builder(work.append_basic_block(), lanes)
         types = dict.fromkeys(addresses, ADDRESS) | dict.fromkeys(counts, COUNT)
         self.arguments: dict[str, ir.Value] = {
             name: b.load(b.at(work.args[0], place, COUNT), typ=of) for place, (name, of) in enumerate(types.items())
         }
-        self._taken = b.at(work.args[0], self.num_arguments, COUNT)  # how much of what is `shared`; behind the arguments
+        self._taken = b.at(work.args[0], len(types), COUNT)  # how much of what is `shared`
         self.build()
         b.ret_void()
 
@@ -68,15 +66,3 @@ class Kernel(ABC):
             index = b.atomic_rmw("add", self._taken, b.count(1), "monotonic")
             leave(b.icmp_signed(">=", index, total))
             yield index
-
-    def _build_entry(self, work: ir.Function) -> None:
-        """Keeps the arguments in memory, where all threads find them."""
-        entry = ir.Function(self.module, ir.FunctionType(NOTHING, [COUNT] * self.num_arguments), ENTRY)
-        b = Builder(entry.append_basic_block(), self.lanes)
-        kept = b.alloca(COUNT, self.num_arguments + 1)
-        for place, value in enumerate([*entry.args, ir.Constant(COUNT, 0)]):
-            b.store(value, b.at(kept, place, COUNT))
-        parallel = ir.FunctionType(NOTHING, [ADDRESS, ADDRESS, WORD, WORD])
-        run_on_threads = ir.Function(self.module, parallel, "GOMP_parallel")
-        b.call(run_on_threads, [work, kept, b.trunc(entry.args[-1], WORD), ir.Constant(WORD, 0)])
-        b.ret_void()

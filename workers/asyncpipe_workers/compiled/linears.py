@@ -20,6 +20,7 @@ from asyncpipe_workers.compiled.products import (
     scratch_bytes,
 )
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+from asyncpipe_workers.tape import new_tensor
 
 FLOAT_PRODUCTS = {torch.float32: FloatProduct, torch.float16: Float16Product, torch.bfloat16: BFloat16Product}
 
@@ -44,8 +45,8 @@ class CompiledLinear:
         if x.ndim != 2 or x.dtype != torch.float32:  # a look costs less than calls that change nothing
             return self(x.reshape(-1, x.shape[-1]).float()).reshape(*x.shape[:-1], self._out_size).to(x.dtype)
         num_rows, in_size = x.shape
-        y_RO = torch.empty(num_rows, self._padded_size)
-        scratch = torch.empty(scratch_bytes(num_rows, in_size, self._num_groups), dtype=torch.uint8)
+        y_RO = new_tensor(num_rows, self._padded_size)
+        scratch = new_tensor(scratch_bytes(num_rows, in_size, self._num_groups), dtype=torch.uint8)
         tensors = (x.contiguous(), y_RO, self._weight_PWC, self._scales, self._bias, scratch)
         self._product(tensors, (num_rows, in_size, self._padded_size))
         return y_RO if self._padded_size == self._out_size else y_RO[:, : self._out_size]

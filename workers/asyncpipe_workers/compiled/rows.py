@@ -25,6 +25,12 @@ class RowKernel(Kernel):
     @abstractmethod
     def build_row(self, row: ir.Value) -> None: ...
 
+    def one_over_root(self, square: ir.Value, eps: float) -> ir.Value:
+        """In every lane."""
+        b = self.b
+        root = b.outside("llvm.sqrt.f32", FLOAT32, b.fadd(square, ir.Constant(FLOAT32, eps)))
+        return b.spread(b.fdiv(ir.Constant(FLOAT32, 1.0), root))
+
 
 class RMSNormRows(RowKernel):
     """x, N heads of K numbers whose rows are `stride` numbers apart, to y (rows, N, K): each head over its root mean square,
@@ -46,12 +52,52 @@ class RMSNormRows(RowKernel):
             with b.loop(0, size, self.lanes) as n:
                 numbers = b.read(b.at(own, n, FLOAT32), b.floats)
                 squares.set(b.fused(numbers, numbers, squares.get()))
-            mean = b.fdiv(b.sum(squares.get()), b.sitofp(size, FLOAT32))
-            root = b.outside("llvm.sqrt.f32", FLOAT32, b.fadd(mean, ir.Constant(FLOAT32, self._eps)))
-            factor = b.spread(b.fdiv(ir.Constant(FLOAT32, 1.0), root))
+            factor = self.one_over_root(b.fdiv(b.sum(squares.get()), b.sitofp(size, FLOAT32)), self._eps)
             with b.loop(0, size, self.lanes) as n:
                 normed = b.fmul(b.read(b.at(own, n, FLOAT32), b.floats), factor)
                 b.write(b.fmul(normed, b.read(b.at(weights, n, FLOAT32), b.floats)), b.at(target, n, FLOAT32))
+
+
+class LayerNormRows(RowKernel):
+    """x, whose rows are `stride` numbers apart, to y (rows, size): less its mean, over its standard deviation, times weight and
+    plus bias, both (size,)."""
+
+    def __init__(self, lanes: int, eps: float) -> None:
+        self._eps = eps
+        super().__init__(lanes, ("x", "y", "weight", "bias"), ("rows", "size", "stride"))
+
+    def build_row(self, row: ir.Value) -> None:
+        b = self.b
+        x, y, weight, bias, _, size, stride = self.arguments.values()
+        own, target = b.at(x, b.times(row, stride), FLOAT32), b.at(y, b.times(row, size), FLOAT32)
+        total = b.variable(b.all_lanes(b.floats, 0.0))
+        with b.loop(0, size, self.lanes) as n:
+            total.set(b.fadd(total.get(), b.read(b.at(own, n, FLOAT32), b.floats)))
+        mean = b.spread(b.fdiv(b.sum(total.get()), b.sitofp(size, FLOAT32)))
+        squares = b.variable(b.all_lanes(b.floats, 0.0))
+        with b.loop(0, size, self.lanes) as n:
+            apart = b.fsub(b.read(b.at(own, n, FLOAT32), b.floats), mean)
+            squares.set(b.fused(apart, apart, squares.get()))
+        factor = self.one_over_root(b.fdiv(b.sum(squares.get()), b.sitofp(size, FLOAT32)), self._eps)
+        with b.loop(0, size, self.lanes) as n:
+            normed = b.fmul(b.fsub(b.read(b.at(own, n, FLOAT32), b.floats), mean), factor)
+            scaled = b.fused(normed, b.read(b.at(weight, n, FLOAT32), b.floats), b.read(b.at(bias, n, FLOAT32), b.floats))
+            b.write(scaled, b.at(target, n, FLOAT32))
+
+
+class AddRows(RowKernel):
+    """x to y, of `size` numbers each, whose rows are so many numbers apart."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__(lanes, ("y", "x"), ("rows", "size", "y_stride", "x_stride"))
+
+    def build_row(self, row: ir.Value) -> None:
+        b = self.b
+        y, x, _, size, y_stride, x_stride = self.arguments.values()
+        with b.loop(0, size, self.lanes) as n:
+            place = b.at(y, b.plus(b.times(row, y_stride), n), FLOAT32)
+            more = b.read(b.at(x, b.plus(b.times(row, x_stride), n), FLOAT32), b.floats)
+            b.write(b.fadd(b.read(place, b.floats), more), place)
 
 
 class TurnRows(RowKernel):
@@ -80,9 +126,7 @@ class GateRows(RowKernel):
     second. Raises NotImplementedError for an activation that is not there."""
 
     def __init__(self, lanes: int, activation: str) -> None:
-        if activation not in GATE_ACTIVATIONS:
-            raise NotImplementedError(f"no kernel for {activation}")
-        self._activation = GATE_ACTIVATIONS[activation]
+        self._activation = _instructions(activation)
         super().__init__(lanes, ("gate_up", "y"), ("rows", "size", "stride"))
 
     def build_row(self, row: ir.Value) -> None:
@@ -93,6 +137,32 @@ class GateRows(RowKernel):
             activated = self._activation(b, b.read(b.at(gate, n, FLOAT32), b.floats))
             up = b.read(b.at(gate, b.plus(size, n), FLOAT32), b.floats)
             b.write(b.fmul(activated, up), b.at(y, b.plus(b.times(row, size), n), FLOAT32))
+
+
+class ActivationRows(RowKernel):
+    """The activation of x, of `size` numbers, whose rows are `stride` numbers apart, in its place. Raises NotImplementedError
+    for one that is not there."""
+
+    def __init__(self, lanes: int, activation: str) -> None:
+        self._activation = _instructions(activation)
+        super().__init__(lanes, ("x",), ("rows", "size", "stride"))
+
+    def build_row(self, row: ir.Value) -> None:
+        b = self.b
+        x, _, size, stride = self.arguments.values()
+        with b.loop(0, size, self.lanes) as n:
+            place = b.at(x, b.plus(b.times(row, stride), n), FLOAT32)
+            b.write(self._activation(b, b.read(place, b.floats)), place)
+
+
+def _instructions(activation: str) -> Callable[[Builder, ir.Value], ir.Value]:
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"no kernel for {activation}")
+    return ACTIVATIONS[activation]
+
+
+def _relu(b: Builder, x: ir.Value) -> ir.Value:
+    return b.larger(x, b.all_lanes(b.floats, 0.0))
 
 
 def _silu(b: Builder, x: ir.Value) -> ir.Value:
@@ -108,7 +178,8 @@ def _gelu_tanh(b: Builder, x: ir.Value) -> ir.Value:
     return b.fmul(b.fmul(x, b.all_lanes(b.floats, 0.5)), b.fadd(b.tanh(inner), one))
 
 
-GATE_ACTIVATIONS: Mapping[str, Callable[[Builder, ir.Value], ir.Value]] = {
+ACTIVATIONS: Mapping[str, Callable[[Builder, ir.Value], ir.Value]] = {
+    "relu": _relu,
     "silu": _silu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,

@@ -19,7 +19,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV, AttentionForm
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, gated, logits
+from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, added, gated, logits
 from asyncpipe_workers.models.rope import Rope, make_rope, rope_parameters, rotate
 from asyncpipe_workers.models.units import Blocks, Layer
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
@@ -146,7 +146,7 @@ class Residual:
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         y_TD = self.part(self.before(hidden_TD), layout, cache)
-        return (y_TD if self.after is None else self.after(y_TD)).add_(hidden_TD)
+        return added(y_TD if self.after is None else self.after(y_TD), hidden_TD)
 
 
 class Embedding:

@@ -18,7 +18,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, logits
+from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, activated, added, logits
 from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Weights
 
@@ -76,7 +76,7 @@ class Attention:
         if self._query_factor != 1.0:
             q_THK.mul_(self._query_factor)
         attended_THK = cache.attend(self._cache_layer, QKV(q_THK, k_THK, v_THK), layout)
-        return self.out(attended_THK.reshape(hidden_TD.shape)).add_(hidden_TD)
+        return added(self.out(attended_THK.reshape(hidden_TD.shape)), hidden_TD)
 
 
 class FeedForward:
@@ -84,13 +84,13 @@ class FeedForward:
 
     def __init__(self, weights: Weights, config: GPT2Config, index: int) -> None:
         hidden, ffn, name = config.hidden_size, config.ffn_size, f"h.{index}"
-        self._activation = ACTIVATIONS[config.activation]
+        self._activation = config.activation
         self.fc = weights.transposed(f"{name}.mlp.c_fc", hidden, ffn, bias=True)
         self.out = weights.transposed(f"{name}.mlp.c_proj", ffn, hidden, bias=True)
         self.norm = _norm(weights, config, f"{name}.ln_2")
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
-        return self.out(self._activation(self.fc(self.norm(hidden_TD)))).add_(hidden_TD)
+        return added(self.out(activated(self.fc(self.norm(hidden_TD)), self._activation)), hidden_TD)
 
 
 class Embedding:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.models.row_kernels import row_kernel
 from asyncpipe_workers.models.weights import Projection, Weights
+from asyncpipe_workers.tape import new_tensor
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu_,
@@ -32,7 +33,12 @@ class LayerNorm:
     eps: float = 1e-5
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+        kernel = row_kernel("LayerNormRows", x, self.size, self.eps)
+        if kernel is None or self.weight is None or self.bias is None or x.dtype != self.weight.dtype or x.stride(-1) != 1:
+            return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+        y = new_tensor(*x.shape)
+        kernel((x, y, self.weight, self.bias), (len(x), self.size, x.stride(0)))
+        return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +54,27 @@ class RMSNorm:
         kernel = row_kernel("RMSNormRows", x, size, self.eps)
         if kernel is None or self.weight.dtype != x.dtype or x.stride()[1:] != self.weight.stride():
             return (F.rms_norm(x.to(self.weight.dtype), (size,), None, self.eps) * self.weight).to(x.dtype)
-        y = torch.empty(x.shape)
+        y = new_tensor(*x.shape)
         kernel((x, y, self.weight), (len(x), self.weight.numel() // size, size, x.stride(0)))
         return y
+
+
+def activated(x_TF: torch.Tensor, activation: str) -> torch.Tensor:
+    """(T, F), which may be x, changed."""
+    kernel = row_kernel("ActivationRows", x_TF, x_TF.shape[1], activation)
+    if kernel is None or x_TF.stride(1) != 1:
+        return ACTIVATIONS[activation](x_TF)
+    kernel((x_TF,), (*x_TF.shape, x_TF.stride(0)))
+    return x_TF
+
+
+def added(y_TD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    """y, to which x has been added."""
+    kernel = row_kernel("AddRows", y_TD, y_TD.shape[1])
+    if kernel is None or x_TD.dtype != y_TD.dtype or y_TD.stride(1) != 1 or x_TD.stride(1) != 1:
+        return y_TD.add_(x_TD)
+    kernel((y_TD, x_TD), (*y_TD.shape, y_TD.stride(0), x_TD.stride(0)))
+    return y_TD
 
 
 def gated(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
@@ -60,7 +84,7 @@ def gated(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
     if kernel is None or gate_up_T2F.stride(1) != 1:
         gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate_TF).mul_(up_TF)
-    y_TF = torch.empty(len(gate_up_T2F), size)
+    y_TF = new_tensor(len(gate_up_T2F), size)
     kernel((gate_up_T2F, y_TF), (len(y_TF), size, gate_up_T2F.stride(0)))
     return y_TF
 

@@ -16,7 +16,7 @@ from asyncpipe.errors import Invalid
 from asyncpipe_workers.attention import QKV
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm
+from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, activated, added
 from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
 
@@ -101,8 +101,8 @@ class Attention:
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         if self._norm_first:
-            return hidden_TD + self._attend(self.norm(hidden_TD), layout, cache)
-        return self.norm(hidden_TD + self._attend(hidden_TD, layout, cache))
+            return added(self._attend(self.norm(hidden_TD), layout, cache), hidden_TD)
+        return self.norm(added(self._attend(hidden_TD, layout, cache), hidden_TD))
 
     def _attend(self, x_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         qkv = QKV(*self.qkv(x_TD).view(len(x_TD), *self._shape_3HK).unbind(1))
@@ -115,18 +115,18 @@ class FeedForward:
     def __init__(self, weights: Weights, config: OPTConfig, index: int) -> None:
         hidden, ffn, name = config.hidden_size, config.ffn_size, f"decoder.layers.{index}"
         self._norm_first = config.norm_first
-        self._activation = ACTIVATIONS[config.activation]
+        self._activation = config.activation
         self.fc1 = weights.linear([Rows(f"{name}.fc1", ffn)], hidden, bias=config.has_bias)
         self.fc2 = weights.linear([Rows(f"{name}.fc2", hidden)], ffn, bias=config.has_bias)
         self.norm = _norm(weights, config, f"{name}.final_layer_norm")
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         if self._norm_first:
-            return hidden_TD + self._feed(self.norm(hidden_TD))
-        return self.norm(hidden_TD + self._feed(hidden_TD))
+            return added(self._feed(self.norm(hidden_TD)), hidden_TD)
+        return self.norm(added(self._feed(hidden_TD), hidden_TD))
 
     def _feed(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self._activation(self.fc1(x_TD)))
+        return self.fc2(activated(self.fc1(x_TD), self._activation))
 
 
 class Embedding:

@@ -1,0 +1,155 @@
+"""Steady decode on a CPU without Python: a step that only continues sequences is replayed from a tape.
+
+Between two large products nothing is left in the caches of what Python and torch need for the next call, so that a call takes
+tens of microseconds: a quarter of a step of a small batch. A tape holds the calls of a step's kernels, which one compiled loop
+makes again; what differs from step to step is copied to where they find it. Shapes: B rows, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.memory.kv import ArenaKV
+from asyncpipe_workers.models.rope import Rope
+from asyncpipe_workers.models.units import Layer
+from asyncpipe_workers.newest import Seen
+from asyncpipe_workers.sweep import Result, Sweep, Work
+from asyncpipe_workers.tape import Tape, TapeMemory, recording
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 32  # a larger batch computes for much longer than it is called
+ALLOCATION = "aten.empty."
+SWITCH = "ASYNCPIPE_DECODE_TAPES"  # 0 in the environment: never
+
+
+class _Recorded(NamedTuple):
+    """The tape of a step with `layout`, and where its numbers come from and go to."""
+
+    layout: StepLayout
+    hidden_BD: torch.Tensor
+    output_BD: torch.Tensor
+    tape: Tape  # which has all memory in between
+    replay: Callable[[], None]
+
+
+class DecodeTapes:
+    """Of the layers of a stage whose weights, keys and values stay where they are."""
+
+    def __init__(self, layers: Sequence[Layer], cache: ArenaKV) -> None:
+        self._layers = layers
+        self._cache = cache
+        self._memory = TapeMemory()
+        self._tapes: dict[int, _Recorded] = {}  # by the number of rows
+        self._ropes: set[Rope] = set()  # that layers have asked for, and windows
+        self._windows: set[int | None] = set()
+        self._is_off = False
+
+    def run(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        """What the layers make of it, to be used before the next step."""
+        if not self._windows:  # the first step, from which the next one knows what to prepare
+            return self._computed(hidden_BD, layout)
+        recorded = self._tapes.get(len(layout.rows))
+        if recorded is None or not _brought(layout, recorded.layout):
+            return self._record(hidden_BD, layout)
+        recorded.hidden_BD.copy_(hidden_BD)
+        recorded.replay()
+        return recorded.output_BD
+
+    def is_for(self, work: Work) -> bool:
+        layout = work.layout
+        is_steady = not (layout.spans or layout.padding or work.scored_rows)
+        return is_steady and not self._is_off and len(work.batches) == 1 and 0 < len(layout.rows) <= MAX_ROWS
+
+    def _computed(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        for layer in self._layers:
+            hidden_BD = layer(hidden_BD, layout, self._cache)
+        self._ropes, self._windows = set(layout.rotations), set(layout.seen)
+        self._is_off = not self._windows  # attention is torch's
+        return hidden_BD
+
+    def _record(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        """While it is computed. Where there are other calls than of compiled kernels, it is for the last time."""
+        from asyncpipe_workers.compiled.chain import Chain
+
+        for rope in self._ropes:
+            rope.rotation(layout, hidden_BD.dtype)
+        for window in self._windows:
+            layout.seen[window] = Seen.of(layout.rows, window)
+        tape, others, num_bytes = Tape(self._memory), _OtherCalls(), self._memory.num_bytes
+        kept_BD = output_BD = hidden_BD.clone()
+        with recording(tape), others:
+            for layer in self._layers:
+                self._memory.begin_part()
+                output_BD = layer(output_BD, layout, self._cache)
+        if self._memory.num_bytes > num_bytes or others.found:
+            self._tapes.clear()  # else they would keep what they had before
+        if others.found:
+            log.info("decode steps are computed call by call, for they have %s, which is not compiled", min(others.found))
+            self._is_off = True
+        else:
+            self._tapes[len(layout.rows)] = _Recorded(layout, kept_BD, output_BD, tape, Chain(tape.calls))
+        return output_BD
+
+
+def _brought(layout: StepLayout, kept: StepLayout) -> bool:
+    """What a step knows of its rows, to where a tape's kernels find it. False if it does not fit there."""
+    seen = {window: Seen.of(layout.rows, window) for window in kept.seen}
+    if any(own.longest > kept.seen[window].longest for window, own in seen.items()):
+        return False
+    for window, own in seen.items():
+        kept.seen[window].sequences_B3.copy_(own.sequences_B3)
+    for rope, rotation in kept.rotations.items():
+        for number, own_number in zip(rotation, rope.rotation(layout, rotation.sin_T1F.dtype), strict=True):
+            number.copy_(own_number)
+    return True
+
+
+class _OtherCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what torch computes, for that would not be done again. Views are of memory that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not str(func).startswith(ALLOCATION) and not (func.is_view and _is_same_memory(result, args[0])):
+            self.found.add(str(func))
+        return result
+
+
+def _is_same_memory(result: Any, source: Any) -> bool:
+    first = result if isinstance(result, torch.Tensor) else next(iter(result), None)
+    if not isinstance(first, torch.Tensor) or not isinstance(source, torch.Tensor):
+        return False
+    return first.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+class TapedSweep:
+    """A sweep whose layers are replayed where a step only continues sequences."""
+
+    def __init__(self, sweep: Sweep, tapes: DecodeTapes) -> None:
+        self._sweep = sweep
+        self._tapes = tapes
+
+    def run(self, works: Sequence[Work]) -> Iterator[Result]:
+        if len(works) == 1 and self._tapes.is_for(works[0]):
+            return self._sweep.run_step(works[0], self._tapes.run)
+        return self._sweep.run(works)
+
+
+def tapes_are_wanted() -> bool:
+    with contextlib.suppress(ImportError):
+        from asyncpipe_workers.compiled import chain
+
+        return bool(chain) and os.environ.get(SWITCH, "1") != "0"
+    return False
