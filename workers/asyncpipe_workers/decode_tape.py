@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import ArenaKV
-from asyncpipe_workers.models.rope import Rope
+from asyncpipe_workers.models.rope import Rope, Rotation
 from asyncpipe_workers.models.units import Layer
 from asyncpipe_workers.newest import Seen
 from asyncpipe_workers.sweep import Result, Sweep, Work
@@ -32,13 +32,27 @@ SWITCH = "ASYNCPIPE_DECODE_TAPES"  # 0 in the environment: never
 
 
 class _Recorded(NamedTuple):
-    """The tape of a step with `layout`, and where its numbers come from and go to."""
+    """A step's tape, and where its numbers come from and go to."""
 
-    layout: StepLayout
+    seen: Mapping[int | None, Seen]
+    rotations: Mapping[Rope, Rotation]
     hidden_BD: torch.Tensor
     output_BD: torch.Tensor
     tape: Tape  # which has all memory in between
     replay: Callable[[], None]
+
+    def bring(self, hidden_BD: torch.Tensor, layout: StepLayout) -> bool:
+        """What a step begins with, to where the tape's kernels find it. False if it does not fit there."""
+        seen = {window: Seen.of(layout.rows, window) for window in self.seen}
+        if any(own.longest > self.seen[window].longest for window, own in seen.items()):
+            return False
+        self.hidden_BD.copy_(hidden_BD)
+        for window, own in seen.items():
+            self.seen[window].sequences_B3.copy_(own.sequences_B3)
+        for rope, rotation in self.rotations.items():
+            for number, own_number in zip(rotation, rope.rotation(layout, hidden_BD.dtype), strict=True):
+                number.copy_(own_number)
+        return True
 
 
 class DecodeTapes:
@@ -58,9 +72,8 @@ class DecodeTapes:
         if not self._windows:  # the first step, from which the next one knows what to prepare
             return self._computed(hidden_BD, layout)
         recorded = self._tapes.get(len(layout.rows))
-        if recorded is None or not _brought(layout, recorded.layout):
+        if recorded is None or not recorded.bring(hidden_BD, layout):
             return self._record(hidden_BD, layout)
-        recorded.hidden_BD.copy_(hidden_BD)
         recorded.replay()
         return recorded.output_BD
 
@@ -96,21 +109,9 @@ class DecodeTapes:
             log.info("decode steps are computed call by call, for they have %s, which is not compiled", min(others.found))
             self._is_off = True
         else:
-            self._tapes[len(layout.rows)] = _Recorded(layout, kept_BD, output_BD, tape, Chain(tape.calls))
+            replay = Chain(tape.calls)
+            self._tapes[len(layout.rows)] = _Recorded(layout.seen, layout.rotations, kept_BD, output_BD, tape, replay)
         return output_BD
-
-
-def _brought(layout: StepLayout, kept: StepLayout) -> bool:
-    """What a step knows of its rows, to where a tape's kernels find it. False if it does not fit there."""
-    seen = {window: Seen.of(layout.rows, window) for window in kept.seen}
-    if any(own.longest > kept.seen[window].longest for window, own in seen.items()):
-        return False
-    for window, own in seen.items():
-        kept.seen[window].sequences_B3.copy_(own.sequences_B3)
-    for rope, rotation in kept.rotations.items():
-        for number, own_number in zip(rotation, rope.rotation(layout, rotation.sin_T1F.dtype), strict=True):
-            number.copy_(own_number)
-    return True
 
 
 class _OtherCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,127 @@
+"""A stage's decode step replayed from a tape, beside the same step computed call by call.
+
+    python benchmarks/decode_step.py
+    python benchmarks/decode_step.py --model llama-1.1b --forms int8,int4 --json
+
+One stage with random weights, sequences of 128 tokens and more, and nothing but the stage: no coordinator, no messages. Both
+ways in turn, each with a stage of its own; medians in milliseconds, and `ratio`, the time call by call over that from the tape,
+round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from peer_cases import MODELS, PROMPT_LEN, THREADS
+from report import in_turn, print_result
+
+from asyncpipe.wire.messages import Chunk, Delta, LoadStage, Opened, Step
+from asyncpipe_workers import decode_tape
+from asyncpipe_workers.output import ArrivedStep
+from asyncpipe_workers.stage_model import StageModel
+
+FORMS = ("fp32", "int8", "int4")
+STEPS = 6  # of one turn
+BATCHES = (1, 8, 32)
+QUICK_BATCHES = (1, 8)
+ROUNDS = 12
+FIRST_TOKEN_ID, LAST_TOKEN_ID = 10, 30_000
+
+
+class Decoding:
+    """A stage, and as many sequences as a batch has."""
+
+    def __init__(self, path: Path, form: str, batch: int, *, is_taped: bool) -> None:
+        config_json = (path / "config.json").read_text()
+        os.environ[decode_tape.SWITCH] = str(int(is_taped))
+        self._stage = StageModel.load(
+            LoadStage(
+                epoch=1,
+                stage=0,
+                num_stages=1,
+                first_layer=0,
+                last_layer=json.loads(config_json)["num_hidden_layers"],
+                checkpoint=str(path),
+                config_json=config_json,
+                dtype="float32",
+                quantize=None if form == "fp32" else form,
+                max_context_len=1024,
+                max_sequences=batch,
+                num_threads=THREADS,
+                kv_block_tokens=32,
+                kv_bytes=4 << 30,
+            )
+        )
+        self._number = 0
+        rng = random.Random(0)
+        prompts = [tuple(rng.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(PROMPT_LEN)) for _ in range(batch)]
+        opened = tuple(Opened(n, prompt, PROMPT_LEN) for n, prompt in enumerate(prompts))
+        chunks = tuple(Chunk(n, PROMPT_LEN) for n in range(batch))
+        self._token_ids = self._step(Delta(opened=opened, chunks=chunks))
+
+    def close(self) -> None:
+        self._stage.close()
+
+    async def milliseconds(self) -> float:
+        """Of a step."""
+        times = []
+        for _ in range(STEPS):
+            start_s = time.perf_counter()
+            self._token_ids = self._step(Delta(token_ids=self._token_ids))
+            times.append(time.perf_counter() - start_s)
+        return 1000 * statistics.median(times)
+
+    def _step(self, delta: Delta) -> tuple[int, ...]:
+        self._number += 1
+        (output,) = self._stage.compute([ArrivedStep(Step(epoch=1, micro_batch=0, step=self._number, delta=delta), 0)])
+        return output.token_ids
+
+
+def measure(path: Path, form: str, batch: int, rounds: int) -> Mapping[str, float]:
+    ways = {name: Decoding(path, form, batch, is_taped=name == "tape") for name in ("calls", "tape")}
+    once = {name: partial(Decoding.milliseconds, way) for name, way in ways.items()}
+    times = asyncio.run(in_turn({"": once}, rounds))[""]
+    for way in ways.values():
+        way.close()
+    ratio = statistics.median(calls / tape for calls, tape in zip(times["calls"], times["tape"], strict=True))
+    return {f"{name}_ms": round(statistics.median(each), 2) for name, each in times.items()} | {"ratio": round(ratio, 3)}
+
+
+def results(path: Path, forms: list[str], batches: tuple[int, ...], rounds: int) -> Iterator[tuple[str, Mapping[str, float]]]:
+    for form in forms:
+        for batch in batches:
+            yield f"{form}_b{batch}", measure(path, form, batch, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="opt-125m", choices=MODELS, help="whose shape (default: opt-125m)")
+    parser.add_argument("--forms", default=",".join(FORMS), help=f"of weights (default: {','.join(FORMS)})")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; quick: 4")
+    parser.add_argument("--quick", action="store_true", help="fewer of everything: under 60 s")
+    parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
+    arguments = parser.parse_args()
+    forms = arguments.forms.split(",")
+    if unknown := [form for form in forms if form not in FORMS]:
+        parser.error(f"--forms {','.join(unknown)}: use some of {', '.join(FORMS)}")
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        MODELS[arguments.model].make(path)
+        batches, rounds = (QUICK_BATCHES, 4) if arguments.quick else (BATCHES, arguments.rounds)
+        print_result(dict(results(path, forms, batches, rounds)), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()
