@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -23,10 +22,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from one_stage import whole_model
 from peer_cases import MODELS, PROMPT_LEN, THREADS
 from report import in_turn, print_result
 
-from asyncpipe.wire.messages import Chunk, Delta, LoadStage, Opened, Step
+from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
 from asyncpipe_workers import decode_tape
 from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.stage_model import StageModel
@@ -36,6 +36,9 @@ STEPS = 6  # of one turn
 BATCHES = (1, 8, 32)
 QUICK_BATCHES = (1, 8)
 ROUNDS = 12
+QUICK_ROUNDS = 4
+MAX_CONTEXT_LEN = 1024
+KV_BYTES = 4 << 30
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 10, 30_000
 
 
@@ -43,26 +46,10 @@ class Decoding:
     """A stage, and as many sequences as a batch has."""
 
     def __init__(self, path: Path, form: str, batch: int, *, is_taped: bool) -> None:
-        config_json = (path / "config.json").read_text()
         os.environ[decode_tape.SWITCH] = str(int(is_taped))
-        self._stage = StageModel.load(
-            LoadStage(
-                epoch=1,
-                stage=0,
-                num_stages=1,
-                first_layer=0,
-                last_layer=json.loads(config_json)["num_hidden_layers"],
-                checkpoint=str(path),
-                config_json=config_json,
-                dtype="float32",
-                quantize=None if form == "fp32" else form,
-                max_context_len=1024,
-                max_sequences=batch,
-                num_threads=THREADS,
-                kv_block_tokens=32,
-                kv_bytes=4 << 30,
-            )
-        )
+        quantize = None if form == "fp32" else form
+        plan = whole_model(path, quantize, max_context_len=MAX_CONTEXT_LEN, max_sequences=batch, kv_bytes=KV_BYTES)
+        self._stage = StageModel.load(plan)
         self._number = 0
         rng = random.Random(0)
         prompts = [tuple(rng.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(PROMPT_LEN)) for _ in range(batch)]
@@ -108,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-125m", choices=MODELS, help="whose shape (default: opt-125m)")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of weights (default: {','.join(FORMS)})")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}; quick: 4")
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}; quick: {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: under 60 s")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     arguments = parser.parse_args()
@@ -119,8 +106,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         MODELS[arguments.model].make(path)
-        batches, rounds = (QUICK_BATCHES, 4) if arguments.quick else (BATCHES, arguments.rounds)
-        print_result(dict(results(path, forms, batches, rounds)), as_json=arguments.json)
+        batches, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if arguments.quick else (BATCHES, ROUNDS)
+        print_result(dict(results(path, forms, batches, arguments.rounds or rounds)), as_json=arguments.json)
 
 
 if __name__ == "__main__":

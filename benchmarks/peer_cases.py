@@ -72,8 +72,9 @@ MODELS = {
         ),
     )
 }
+"""Stored as they are published."""
+
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""The models are published in 16 bits."""
 
 
 class Case(NamedTuple):

@@ -11,7 +11,6 @@ quantizing at the start.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,11 +20,11 @@ import time
 from pathlib import Path
 
 import torch
+from one_stage import whole_model
 from peer_cases import MODELS, THREADS
 from report import print_result
 from tqdm import tqdm
 
-from asyncpipe.wire.messages import LoadStage
 from asyncpipe_coordinator.shell.local_workers import KEEP_FREED_MEMORY
 from asyncpipe_workers.stage_model import StageModel
 
@@ -81,23 +80,7 @@ def read(directory: Path, _quantize: str) -> float:
 
 def load(directory: Path, quantize: str) -> float:
     """Until the stage can compute."""
-    config_json = (directory / "config.json").read_text()
-    plan = LoadStage(
-        epoch=1,
-        stage=0,
-        num_stages=1,
-        first_layer=0,
-        last_layer=json.loads(config_json)["num_hidden_layers"],
-        checkpoint=str(directory),
-        config_json=config_json,
-        dtype="float32",
-        quantize=quantize,
-        max_context_len=2048,
-        max_sequences=8,
-        num_threads=THREADS,
-        kv_block_tokens=32,
-        kv_bytes=1 << 28,
-    )
+    plan = whole_model(directory, quantize, max_context_len=2048, max_sequences=8, kv_bytes=1 << 28)
     start_s = time.perf_counter()
     stage = StageModel.load(plan)
     seconds = time.perf_counter() - start_s

@@ -21,6 +21,12 @@ def form(name: str, num_rows: int = 1) -> StoredForm:
     return StoredForm(name, (num_rows, ROW), torch.uint8, None, None)
 
 
+def reading(disk: Disk, forms: list[StoredForm]) -> ReadAhead:
+    ahead = ReadAhead(disk.read)
+    ahead.expect(forms)
+    return ahead
+
+
 class Disk:
     """Reads when it is let, and knows what it has begun."""
 
@@ -51,7 +57,7 @@ def disk() -> Iterator[Disk]:
 
 def test_what_comes_is_read_in_order_while_nobody_asks(disk: Disk) -> None:
     disk.go_on.release(3)
-    ahead = ReadAhead(disk.read, [form(str(n)) for n in range(3)])
+    ahead = reading(disk, [form(str(n)) for n in range(3)])
     disk.wait_for_begun(3)
     assert disk.begun == ["0", "1", "2"]
     assert [int(ahead.take(str(n))[0, 0]) for n in (1, 0, 2)] == [1, 0, 2]  # type: ignore[index]
@@ -63,7 +69,7 @@ def test_what_comes_is_read_in_order_while_nobody_asks(disk: Disk) -> None:
 def test_no_more_is_read_than_may_wait(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "AHEAD_BYTES", 3 * ROW)
     disk.go_on.release(100)
-    ahead = ReadAhead(disk.read, [form("0"), form("1", 2), form("2"), form("3", 9), form("4")])
+    ahead = reading(disk, [form("0"), form("1", 2), form("2"), form("3", 9), form("4")])
     disk.wait_for_begun(2)
     assert not disk.has_begun.acquire(timeout=0.05)
     ahead.take("0")
@@ -81,7 +87,7 @@ def test_no_more_is_read_than_may_wait(disk: Disk, monkeypatch: pytest.MonkeyPat
 
 def test_an_error_comes_to_who_asks_and_the_rest_is_there(disk: Disk) -> None:
     disk.go_on.release(3)
-    ahead = ReadAhead(disk.read, [form("0"), form("broken"), form("2")])
+    ahead = reading(disk, [form("0"), form("broken"), form("2")])
     assert ahead.take("0") is not None
     with pytest.raises(Invalid, match="cut short"):
         ahead.take("broken")
@@ -91,7 +97,7 @@ def test_an_error_comes_to_who_asks_and_the_rest_is_there(disk: Disk) -> None:
 
 def test_closing_ends_the_thread_with_what_it_is_at(disk: Disk) -> None:
     threads = set(threading.enumerate())
-    ahead = ReadAhead(disk.read, [form(str(n)) for n in range(5)])
+    ahead = reading(disk, [form(str(n)) for n in range(5)])
     disk.wait_for_begun(1)
     closing = threading.Thread(target=ahead.close)
     closing.start()

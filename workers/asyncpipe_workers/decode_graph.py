@@ -80,10 +80,9 @@ class DecodeGraphs:
 
     def run(self, work: Work) -> torch.Tensor | None:
         """The step's result, (T, D) or (T, V), to be used before the next one is run; None if there is no graph for it."""
-        layout = work.layout
-        if self._is_off or layout.spans or layout.padding or work.scored_rows or not 0 < len(layout.rows) <= MAX_ROWS:
+        if self._is_off or not work.only_continues(MAX_ROWS):
             return None
-        tables = [self.cache.table(row.slot) for row in layout.rows]
+        tables = [self.cache.table(row.slot) for row in work.layout.rows]
         size = Size.of(len(tables), max(map(len, tables)))
         self._seen[size] += 1
         if size not in self._graphs and (self._seen[size] < CAPTURE_AT or not self._add(size)):

@@ -78,9 +78,7 @@ class DecodeTapes:
         return recorded.output_BD
 
     def is_for(self, work: Work) -> bool:
-        layout = work.layout
-        is_steady = not (layout.spans or layout.padding or work.scored_rows)
-        return is_steady and not self._is_off and len(work.batches) == 1 and 0 < len(layout.rows) <= MAX_ROWS
+        return not self._is_off and len(work.batches) == 1 and work.only_continues(MAX_ROWS)
 
     def _computed(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
         for layer in self._layers:

@@ -31,6 +31,11 @@ class Work:
     batches: list[Batch]
     scored_rows: list[int] = field(default_factory=list)  # whose logits are wanted beside those of the sampled ones
 
+    def only_continues(self, max_rows: int) -> bool:
+        """Whether all it does is to continue some sequences, no more than so many."""
+        layout = self.layout
+        return not (layout.spans or layout.padding or self.scored_rows) and 0 < len(layout.rows) <= max_rows
+
 
 class Result(NamedTuple):
     """Of a step: hidden states (T, D), or on the last stage logits of the sampled rows (R, V), then of the scored ones."""

@@ -14,14 +14,16 @@ AHEAD_BYTES = 128 << 20  # that are read, or being read, and not taken
 
 
 class ReadAhead:
-    """A thread reads `forms` in their order. At most `AHEAD_BYTES` wait to be taken, or one tensor if that is larger."""
+    """A thread reads what is expected, in that order; at most `AHEAD_BYTES` wait to be taken, or one tensor that is larger."""
 
-    def __init__(self, read: Callable[[StoredForm], torch.Tensor], forms: Iterable[StoredForm]) -> None:
+    def __init__(self, read: Callable[[StoredForm], torch.Tensor]) -> None:
         self._read = read
-        self._left = deque(forms)
+        self._left: deque[StoredForm] = deque()
         self._begun: dict[str, tuple[StoredForm, Future[torch.Tensor]]] = {}
-        self._begun_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def expect(self, forms: Iterable[StoredForm]) -> None:
+        self._left.extend(forms)
         self._begin()
 
     def take(self, name: str) -> torch.Tensor | None:
@@ -29,11 +31,10 @@ class ReadAhead:
         raised."""
         if name not in self._begun:
             return None
-        form, reading = self._begun.pop(name)
+        _, reading = self._begun.pop(name)
         try:
             return reading.result()
         finally:
-            self._begun_bytes -= form.num_bytes
             self._begin()
 
     def close(self) -> None:
@@ -43,7 +44,8 @@ class ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
     def _begin(self) -> None:
-        while self._left and (not self._begun or self._begun_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
+        num_bytes = sum(form.num_bytes for form, _ in self._begun.values())
+        while self._left and (not self._begun or num_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
             form = self._left.popleft()
             self._begun[form.name] = form, self._thread.submit(self._read, form)
-            self._begun_bytes += form.num_bytes
+            num_bytes += form.num_bytes

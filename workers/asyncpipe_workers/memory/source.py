@@ -82,7 +82,7 @@ class CheckpointSource:
         quantization = checkpoint.quantization
         self._packed_codec = make_codec(quantization) if quantization else None
         self._suffix = quantized_suffix(quantization.num_bits) if quantization else ""
-        self._ahead = ReadAhead(self._read_rows, ())
+        self._ahead = ReadAhead(self._read_rows)
 
     def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
         if self._packed_codec is not None and name + self._suffix in self._names:
@@ -106,8 +106,7 @@ class CheckpointSource:
         yield from _chunks_of(self._checkpoint.read(form.name, form.shape), form, first, last)
 
     def expect(self, forms: Iterable[StoredForm]) -> None:
-        self._ahead.close()
-        self._ahead = ReadAhead(self._read_rows, [form for form in forms if form.place is not None])
+        self._ahead.expect(form for form in forms if form.place is not None)
 
     def close(self) -> None:
         self._ahead.close()

@@ -34,7 +34,7 @@ class LayerNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         kernel = row_kernel("LayerNormRows", x, self.size, self.eps)
-        if kernel is None or self.weight is None or self.bias is None or x.dtype != self.weight.dtype or x.stride(-1) != 1:
+        if kernel is None or self.weight is None or self.bias is None or x.dtype != self.weight.dtype:
             return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
         y = new_tensor(*x.shape)
         kernel((x, y, self.weight, self.bias), (len(x), self.size, x.stride(0)))
@@ -62,7 +62,7 @@ class RMSNorm:
 def activated(x_TF: torch.Tensor, activation: str) -> torch.Tensor:
     """(T, F), which may be x, changed."""
     kernel = row_kernel("ActivationRows", x_TF, x_TF.shape[1], activation)
-    if kernel is None or x_TF.stride(1) != 1:
+    if kernel is None:
         return ACTIVATIONS[activation](x_TF)
     kernel((x_TF,), (*x_TF.shape, x_TF.stride(0)))
     return x_TF
@@ -71,7 +71,7 @@ def activated(x_TF: torch.Tensor, activation: str) -> torch.Tensor:
 def added(y_TD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
     """y, to which x has been added."""
     kernel = row_kernel("AddRows", y_TD, y_TD.shape[1])
-    if kernel is None or x_TD.dtype != y_TD.dtype or y_TD.stride(1) != 1 or x_TD.stride(1) != 1:
+    if kernel is None or x_TD.dtype != y_TD.dtype or x_TD.stride(1) != 1:
         return y_TD.add_(x_TD)
     kernel((y_TD, x_TD), (*y_TD.shape, y_TD.stride(0), x_TD.stride(0)))
     return y_TD
@@ -81,7 +81,7 @@ def gated(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
     """(T, F): the activation of the first half times the second. What is given may be changed."""
     size = gate_up_T2F.shape[1] // 2
     kernel = row_kernel("GateRows", gate_up_T2F, size, activation)
-    if kernel is None or gate_up_T2F.stride(1) != 1:
+    if kernel is None:
         gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate_TF).mul_(up_TF)
     y_TF = new_tensor(len(gate_up_T2F), size)

@@ -17,8 +17,8 @@ RowCall = Callable[[Sequence[torch.Tensor], Sequence[int]], None]
 
 def row_kernel(kind: str, x: torch.Tensor, size: int, *arguments: Hashable) -> RowCall | None:
     """The kernel of compiled/rows.py of that name, for rows of `x` in which it computes `size` numbers after one another. None
-    where torch has to do it: for other types and devices, odd sizes, and where nothing is compiled."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or size % LANES:
+    where torch has to do it: for other types and devices, odd sizes, numbers that lie apart, and where nothing is compiled."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or size % LANES or x.stride(-1) != 1:
         return None
     alone, together = _compiled(kind, *arguments)
     return alone if x.numel() < SHARED_FROM else together
