@@ -207,15 +207,18 @@ def test_every_example_runs(name: str) -> None:
 
 @pytest.mark.parametrize("code", ["import asyncpipe", "import asyncpipe_coordinator.cli as c; c.build_parser().format_help()"])
 def test_imports_stay_light(code: str) -> None:
-    """In seconds of processor time, which a busy machine does not change much."""
+    """Beside the libraries that both need, in processor time and side by side, so that a slow or busy machine changes little."""
     check = f"import sys; {code}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert subprocess.run([sys.executable, "-c", check], timeout=30, check=False).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+    rounds = [(processor_seconds(check), processor_seconds("import asyncio, msgspec, numpy, zmq")) for _ in range(5)]
+    ours, libraries = (min(column) for column in zip(*rounds, strict=True))
+    assert ours < 2.5 * libraries
+
+
+def processor_seconds(code: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_chat_wraps_prompts_in_the_checkpoints_template_and_shows_the_answer(checkpoint: Path, tmp_path: Path) -> None:
