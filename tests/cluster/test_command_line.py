@@ -207,7 +207,7 @@ def test_every_example_runs(name: str) -> None:
 
 @pytest.mark.parametrize("code", ["import asyncpipe", "import asyncpipe_coordinator.cli as c; c.build_parser().format_help()"])
 def test_imports_stay_light(code: str) -> None:
-    """Beside the libraries that both need, in processor time and side by side, so that a slow or busy machine changes little."""
+    """Beside the libraries that both need, in processor time and side by side, so a slow or busy machine changes little."""
     check = f"import sys; {code}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     rounds = [(processor_seconds(check), processor_seconds("import asyncio, msgspec, numpy, zmq")) for _ in range(5)]
     ours, libraries = (min(column) for column in zip(*rounds, strict=True))
