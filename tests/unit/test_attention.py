@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from asyncpipe_workers import attention
-from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk
+from asyncpipe_workers import chunks
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues
+from asyncpipe_workers.chunks import attend_chunk
 from asyncpipe_workers.layout import Row, StepLayout
 from asyncpipe_workers.memory import kv as kv_memory
 from asyncpipe_workers.memory.kv import ArenaKV, KVCache, KVShape, PagedKV
@@ -37,9 +38,9 @@ def by_definition(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm) 
 @pytest.fixture(params=["fused", "products"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """For a chunk of any length, however this machine would choose; products of few scores at a time."""
-    monkeypatch.setattr(attention, "MIN_SCORES_FOR_PRODUCTS", 0)
-    monkeypatch.setattr(attention, "SCORE_NUMBERS", 200)
-    monkeypatch.setattr(attention, "products_beat_fused", lambda: request.param == "products")
+    monkeypatch.setattr(chunks, "MIN_SCORES_FOR_PRODUCTS", 0)
+    monkeypatch.setattr(chunks, "SCORE_NUMBERS", 200)
+    monkeypatch.setattr(chunks, "products_beat_fused", lambda: request.param == "products")
     return str(request.param)
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from asyncpipe.errors import Invalid
-from asyncpipe_workers.attention import group_rows
 from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.kv import PAGE_BYTES, ArenaKV, KeysValues, KVCache, KVShape, PagedKV, make_kv_cache
+from asyncpipe_workers.step_attention import group_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -421,7 +421,7 @@ def test_what_a_long_sequence_leaves_to_a_short_one_goes_to_others(head_size: in
 
 HUGE = """
 import random, torch
-from asyncpipe_workers.attention import group_rows
+from asyncpipe_workers.step_attention import group_rows
 from asyncpipe_workers.layout import Row
 from asyncpipe_workers.memory.kv import ArenaKV, KeysValues, KVShape
 

@@ -21,7 +21,8 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import TierBytes
-from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_chunk, attend_rows
+from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_rows
+from asyncpipe_workers.chunks import attend_chunk
 from asyncpipe_workers.layout import Span, StepLayout
 from asyncpipe_workers.memory.disk import HOST, new_buffer
 from asyncpipe_workers.memory.kv import KVShape
