@@ -21,6 +21,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever there is one it is used, however this machine would choose."""
+    from asyncpipe_workers import chunks
     from asyncpipe_workers.memory import kv
     from asyncpipe_workers.models import kernels
     from asyncpipe_workers.newest import NewestAttention
@@ -31,3 +32,22 @@ def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
     monkeypatch.setattr(kernels, "quickest_form", lambda *_: "compiled")
     monkeypatch.setattr(kv, "newest_attention", lambda **what: NewestAttention(**what))
+    monkeypatch.setattr(chunks, "compiled_attention", lambda **what: chunks.CompiledAttention(**what))
+
+
+@pytest.fixture(params=[16, 8], ids=["16-lanes", "8-lanes"])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels have vectors of so many; a processor with wide ones has narrow ones too."""
+    kernel = pytest.importorskip("asyncpipe_workers.compiled.kernel")
+    compiler = pytest.importorskip("asyncpipe_workers.compiled.compiler")
+    if request.param == 8:
+        for features in (kernel.FLOAT_FEATURES, kernel.HALF_FEATURES, kernel.BYTE_FEATURES):
+            monkeypatch.delitem(features, 16)
+        if not compiler.host_features().get("avxvnni"):
+            monkeypatch.setitem(kernel.BYTE_FEATURES, 8, ["avx512vnni", "avx512vl"])
+    try:
+        found = compiler.lanes_of(kernel.Kernel)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    if found != request.param:
+        pytest.skip(f"this processor has no vectors of {request.param} floats")

@@ -35,28 +35,54 @@ def by_definition(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm) 
     return out_THK
 
 
-@pytest.fixture(params=["fused", "products"])
+@pytest.fixture(params=["torch", "compiled"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """For a chunk of any length, however this machine would choose; products of few scores at a time."""
-    monkeypatch.setattr(chunks, "MIN_SCORES_FOR_PRODUCTS", 0)
+    """For a chunk of any length, however this machine would choose; torch's products are of few scores at a time."""
+    monkeypatch.setattr(chunks, "MIN_ROWS_TO_COMPILE", 0)
     monkeypatch.setattr(chunks, "SCORE_NUMBERS", 200)
-    monkeypatch.setattr(chunks, "products_beat_fused", lambda: request.param == "products")
+    if request.param == "compiled":
+        request.getfixturevalue("compiled_kernels")
+    else:
+        monkeypatch.setattr(chunks, "compiled_attention", lambda **_: None)
     return str(request.param)
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("total", [21, 40])
+@pytest.mark.parametrize(("num", "total"), [(21, 21), (21, 40), (1, 64), (90, 150)])
 @pytest.mark.parametrize(
-    "form", [PLAIN, AttentionForm(window=7), AttentionForm(window=30), AttentionForm(softcap=2.0)], ids=str
+    "form", [PLAIN, AttentionForm(window=7), AttentionForm(window=70), AttentionForm(softcap=2.0, window=30)], ids=str
 )
-def test_every_way_gives_what_the_definition_gives(form: AttentionForm, total: int, groups: int) -> None:
+def test_every_way_gives_what_the_definition_gives(form: AttentionForm, num: int, total: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(21, 12, HEAD_SIZE, generator=generator)  # queries lie apart, as in a fused product
-    keys, values = (torch.randn(groups, 50, HEAD_SIZE, generator=generator)[:, :total] for _ in range(2))
-    kv_GCK = KeysValues(keys, values)
+    qkv = torch.randn(num, 12, HEAD_SIZE, generator=generator)  # queries lie apart, as in a fused product
+    kv_GCK = KeysValues(*(torch.randn(2, groups, total + 9, HEAD_SIZE, generator=generator)))
+    for each in kv_GCK:
+        each[:, total:] = math.nan  # what a cache may have behind a sequence
+    kv_GCK = KeysValues(*(each[:, :total] for each in kv_GCK))
     found = attend_chunk(qkv[:, :4], kv_GCK, form)
     torch.testing.assert_close(found, by_definition(qkv[:, :4], kv_GCK, form), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
+def test_keys_and_values_may_lie_token_by_token() -> None:
+    q_THK = torch.randn(90, 4, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
+    kv_CGK = torch.randn(2, 150, 2, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    kv_GCK = KeysValues(*kv_CGK.transpose(1, 2))
+    torch.testing.assert_close(attend_chunk(q_THK, kv_GCK), by_definition(q_THK, kv_GCK, PLAIN), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled_kernels", "lanes")
+@pytest.mark.parametrize("form", [PLAIN, AttentionForm(window=70), AttentionForm(softcap=2.0)], ids=str)
+def test_what_a_query_gives_does_not_depend_on_its_chunk(form: AttentionForm) -> None:
+    """To the last bit, where chunks are compiled."""
+    q_THK = torch.randn(300, 4, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
+    kv_GCK = KeysValues(*torch.randn(2, 2, 300, HEAD_SIZE, generator=torch.Generator().manual_seed(1)))
+    whole = attend_chunk(q_THK, kv_GCK, form)
+    torch.testing.assert_close(whole, by_definition(q_THK, kv_GCK, form), rtol=1e-5, atol=1e-5)
+    for start, end in ((0, 77), (77, 200), (200, 300)):
+        seen = KeysValues(*(each[:, :end] for each in kv_GCK))
+        assert attend_chunk(q_THK[start:end], seen, form).equal(whole[start:end])
 
 
 # --- newest tokens of several sequences ---

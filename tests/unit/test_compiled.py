@@ -15,11 +15,9 @@ from asyncpipe_workers.models.kernels import ResidentLinear
 if platform.machine() != "x86_64":
     pytest.skip("products are compiled for x86-64 processors only", allow_module_level=True)
 
-from llvmlite import binding as llvm
 
 from asyncpipe_workers.compiled import compiler
 from asyncpipe_workers.compiled.compiler import lanes_of
-from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, FLOAT_FEATURES, HALF_FEATURES
 from asyncpipe_workers.compiled.linears import (
     FLOAT_PRODUCTS,
     CompiledFloatLinear,
@@ -62,18 +60,6 @@ def as_kept(kind: str, weight: torch.Tensor, group_size: int = 64) -> torch.Tens
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
-
-
-@pytest.fixture(params=[16, 8], ids=["16-lanes", "8-lanes"])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products have vectors of so many; a processor with wide ones has narrow ones too."""
-    if request.param == 8:
-        for features in (FLOAT_FEATURES, HALF_FEATURES, BYTE_FEATURES):
-            monkeypatch.delitem(features, 16)
-        if not llvm.get_host_cpu_features().get("avxvnni"):
-            monkeypatch.setitem(BYTE_FEATURES, 8, ["avx512vnni", "avx512vl"])
-    if lanes_of(FloatProduct) != request.param:
-        pytest.skip(f"this processor has no vectors of {request.param} floats")
 
 
 @pytest.fixture(params=[1, 2, 3])

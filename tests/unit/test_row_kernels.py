@@ -34,19 +34,8 @@ def is_compiled() -> None:
         pytest.skip("no kernels are compiled here")
 
 
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Vectors of so many; a processor with wide ones has narrow ones too."""
-    kernel = pytest.importorskip("asyncpipe_workers.compiled.kernel")
-    compiler = pytest.importorskip("asyncpipe_workers.compiled.compiler")
-    if request.param == 8:
-        monkeypatch.delitem(kernel.FLOAT_FEATURES, 16)
-    try:
-        found = compiler.lanes_of(kernel.Kernel)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    if found != request.param:
-        pytest.skip(f"this processor has no vectors of {request.param} floats")
+@pytest.fixture
+def lanes(lanes: None) -> Iterator[None]:
     row_kernels._compiled.cache_clear()
     yield
     row_kernels._compiled.cache_clear()
