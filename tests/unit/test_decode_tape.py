@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,15 @@ def test_tapes_of_other_sizes_go_when_memory_grows(tmp_path: Path, monkeypatch: 
     steps([stage], [Delta(left=(1,), token_ids=(4, 5)), *going_on(2, times=2)], monkeypatch)
     assert set(taped(stage)._tapes) == {2, 3}
     assert taped(stage)._memory.num_bytes == num_bytes
+
+
+def test_what_torch_computes_is_noted_without_its_tracer() -> None:
+    """Whose import would delay the second token after every start by more than a second."""
+    code = (
+        "import sys, torch\n"
+        "from asyncpipe_workers.decode_tape import _OtherCalls\n"
+        "with _OtherCalls() as others: torch.zeros(3) + 1\n"
+        "assert others.found, 'nothing was noted'\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

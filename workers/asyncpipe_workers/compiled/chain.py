@@ -34,6 +34,11 @@ class Chain:
 
 @functools.cache
 def _compiled() -> tuple[CompiledModule, Any]:
+    compiled = CompiledModule(NAME, _instructions)
+    return compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled.address(NAME))
+
+
+def _instructions() -> ir.Module:
     module = ir.Module()
     chain = ir.Function(module, ir.FunctionType(NOTHING, [ADDRESS, COUNT]), NAME)
     b = Builder(chain.append_basic_block(), lanes=1)
@@ -46,5 +51,4 @@ def _compiled() -> tuple[CompiledModule, Any]:
         b.store(b.count(0), last)
         b.outside("GOMP_parallel", NOTHING, work, arguments, b.trunc(threads, WORD), ir.Constant(WORD, 0))
     b.ret_void()
-    compiled = CompiledModule(module)
-    return compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled.address(NAME))
+    return module

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
 
+from asyncpipe_workers.compiled.kept_code import kept_code
 from asyncpipe_workers.compiled.kernel import OPENMP, WORK, Kernel
 from asyncpipe_workers.tape import Call, recorded_tape
 
@@ -19,14 +20,12 @@ SPEED_LEVEL = 2
 
 
 class CompiledModule:
-    """Functions of this process."""
+    """Functions of this process. `what` says which, and they are compiled once on this machine."""
 
-    def __init__(self, module: ir.Module) -> None:
-        machine = _machine()
-        parsed = llvm.parse_assembly(str(module))
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=SPEED_LEVEL))
-        passes.getModulePassManager().run(parsed, passes)
-        self._engine = llvm.create_mcjit_compiler(parsed, machine)  # the functions live as long as it does
+    def __init__(self, what: str, write: Callable[[], ir.Module]) -> None:
+        code = kept_code(what, lambda: _machine_code(write()))
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())  # the functions live as long as it does
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
 
     def address(self, function: str) -> int:
@@ -34,23 +33,38 @@ class CompiledModule:
         return found
 
 
+def _machine_code(module: ir.Module) -> bytes:
+    """An object file."""
+    machine = _machine()
+    parsed = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=SPEED_LEVEL))
+    passes.getModulePassManager().run(parsed, passes)
+    code: bytes = machine.emit_object(parsed)
+    return code
+
+
 class CompiledKernel:
     """May be called from several threads at once."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.lanes = kernel.lanes
-        self._module = CompiledModule(kernel.module)
+    def __init__(self, kind: type[Kernel], lanes: int, *arguments: Any) -> None:
+        self.lanes = lanes
+        what = f"{kind.__module__}.{kind.__name__}{(lanes, *arguments)}"
+        self._module = CompiledModule(what, lambda: kind(lanes, *arguments).module)
         self._work = self._module.address(WORK)
-        self._arguments = ctypes.c_int64 * (len(kernel.arguments) + 1)
 
     def __call__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int], num_threads: int | None = None) -> None:
         """On as many threads as torch computes with, if nothing is said."""
         num_threads = num_threads or torch.get_num_threads()
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        arguments = self._arguments(*addresses, *counts)
+        numbers = [*[tensor.data_ptr() for tensor in tensors], *counts]
+        arguments = _array_of(len(numbers) + 1)(*numbers)
         _run_on_threads()(self._work, arguments, num_threads, 0)
         if (tape := recorded_tape()) is not None:
             tape.add(Call(self._work, arguments, num_threads), keep=tensors)
+
+
+@functools.cache
+def _array_of(length: int) -> Any:
+    return ctypes.c_int64 * length
 
 
 @functools.cache
@@ -61,7 +75,8 @@ def _run_on_threads() -> Any:
 
 
 def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:
-    """For this processor's widest vectors, which are the kind's first argument. Takes a quarter of a second the first time.
+    """For this processor's widest vectors, which are the kind's first argument. Takes up to half a second the first time on a
+    machine.
 
     Raises NotImplementedError where `lanes_of` does.
     """
@@ -70,7 +85,7 @@ def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:
 
 @functools.cache
 def _compiled(kind: type[Kernel], *arguments: Any) -> CompiledKernel:
-    return CompiledKernel(kind(*arguments))
+    return CompiledKernel(kind, *arguments)
 
 
 def lanes_of(kind: type[Kernel]) -> int:
