@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 MANIFEST = "asyncpipe.json"  # of a checkpoint that `convert` has made
 QUANTIZED_SUFFIXES = (".q4", ".q8")  # of the names of tensors that `convert` has stored in few bits, as rows of bytes
+HEAD = "lm_head.weight"
+TABLES = ("decoder.embed_tokens.weight", "embed_tokens.weight", "wte.weight")  # of tokens' embeddings; a tied head is one
 PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "transformer.")
 
 _LAYER = re.compile(r"(?:decoder\.)?(?:layers|h)\.(\d+)\.(.+)")

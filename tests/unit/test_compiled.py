@@ -161,12 +161,15 @@ def test_steps_that_float16_cannot_hold_are_not_there() -> None:
         made("int4", weight)
 
 
-@pytest.mark.parametrize("num_rows", [1, 32, 33, 96])
-def test_panels_hold_words_output_by_output(num_rows: int) -> None:
-    words = torch.arange(num_rows * 5, dtype=torch.int32).view(num_rows, 5)
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+@pytest.mark.parametrize("num_words", [1, 16, 37])
+@pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 100])
+def test_panels_have_every_word_once_and_zeros_behind(num_rows: int, num_words: int, dtype: torch.dtype) -> None:
+    words = torch.randint(-(2**15), 2**15, (num_rows, num_words + 3), dtype=dtype)[:, 1:-2]  # as between other things
     laid_out = lay_out(words, 32)
-    assert laid_out.shape == (-(-num_rows // 32), 5, 32)
-    back = laid_out.transpose(1, 2).reshape(-1, 5)
+    assert laid_out.shape == (-(-num_rows // 32), num_words, 32)
+    back = laid_out.transpose(1, 2).reshape(-1, num_words)
     assert torch.equal(back[:num_rows], words)
     assert not back[num_rows:].any()
 

@@ -20,8 +20,10 @@ from asyncpipe_workers import convert_files
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.convert import main
 from asyncpipe_workers.convert_plan import make_plan
-from asyncpipe_workers.memory.quantization import GroupCodec
-from tests.checkpoints import SHAPES, make_opt
+from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+from tests.checkpoints import SHAPES, distinct_prompts, make_opt
+from tests.families import make_family
+from tests.stage_chains import Chain, load_chain
 from tests.unit.test_checkpoint import all_tensors, save_numpy
 
 LAYER_ORDER = [
@@ -215,7 +217,7 @@ def test_compressed_matrices_are_what_the_codec_makes_of_them(
                 checkpoint.read(name, tuple(tensor.shape))
 
 
-def test_projections_are_compressed_but_embeddings_and_the_head_are_not(tmp_path: Path) -> None:
+def test_projections_are_compressed_embeddings_are_not_and_the_head_is_both(tmp_path: Path) -> None:
     edit = {"tie_word_embeddings": False}
     source = make_opt(tmp_path / "source", shape="350m", layers=1)
     tensors = {f"model.{name}": tensor for name, tensor in all_tensors(source).items()}
@@ -227,7 +229,23 @@ def test_projections_are_compressed_but_embeddings_and_the_head_are_not(tmp_path
     with Checkpoint(target) as checkpoint:
         outer = {name for name in checkpoint.names() if ".layers." not in name}
     plain = {"decoder.embed_tokens.weight", "decoder.embed_positions.weight", "lm_head.weight"}
-    assert outer == plain | {f"decoder.{name}.weight.q4" for name in ("project_in", "project_out")}
+    assert outer == plain | {"lm_head.weight.q4", "decoder.project_in.weight.q4", "decoder.project_out.weight.q4"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_quantized_start_of_a_converted_checkpoint_quantizes_nothing(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its head is tied or not, and computes what quantizing at the start computes."""
+    source = make_family(tmp_path / "source", family)
+    target = converted(source, tmp_path / "target", "--compress-weight", "--num-bits", 8)
+    prompts = distinct_prompts(3)
+    expected = [
+        Chain(load_chain(source, split, quantize="int8")).generate(prompts, max_new_tokens=8) for split in ((3,), (1, 2))
+    ]
+    monkeypatch.setattr(RowCodec, "encode", None)
+    found = [Chain(load_chain(target, split, quantize="int8")).generate(prompts, max_new_tokens=8) for split in ((3,), (1, 2))]
+    assert found == expected
 
 
 def test_a_compressed_checkpoint_is_no_source(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -60,9 +60,9 @@ def test_what_comes_is_read_in_order_while_nobody_asks(disk: Disk) -> None:
     ahead = reading(disk, [form(str(n)) for n in range(3)])
     disk.wait_for_begun(3)
     assert disk.begun == ["0", "1", "2"]
-    assert [int(ahead.take(str(n))[0, 0]) for n in (1, 0, 2)] == [1, 0, 2]  # type: ignore[index]
-    assert ahead.take("1") is None, "it has been taken"
-    assert ahead.take("9") is None
+    assert [int(ahead.take(form(str(n)))[0, 0]) for n in (1, 0, 2)] == [1, 0, 2]  # type: ignore[index]
+    assert ahead.take(form("1")) is None, "it has been taken"
+    assert ahead.take(form("9")) is None
     ahead.close()
 
 
@@ -72,26 +72,26 @@ def test_no_more_is_read_than_may_wait(disk: Disk, monkeypatch: pytest.MonkeyPat
     ahead = reading(disk, [form("0"), form("1", 2), form("2"), form("3", 9), form("4")])
     disk.wait_for_begun(2)
     assert not disk.has_begun.acquire(timeout=0.05)
-    ahead.take("0")
+    ahead.take(form("0"))
     disk.wait_for_begun(1)
     assert disk.begun == ["0", "1", "2"]
-    ahead.take("1")
+    ahead.take(form("1", 2))
     assert not disk.has_begun.acquire(timeout=0.05), "the next is too large to come with another"
-    ahead.take("2")
+    ahead.take(form("2"))
     disk.wait_for_begun(1)
     assert disk.begun[-1] == "3"
-    ahead.take("3")
-    assert ahead.take("4") is not None
+    ahead.take(form("3", 9))
+    assert ahead.take(form("4")) is not None
     ahead.close()
 
 
 def test_an_error_comes_to_who_asks_and_the_rest_is_there(disk: Disk) -> None:
     disk.go_on.release(3)
     ahead = reading(disk, [form("0"), form("broken"), form("2")])
-    assert ahead.take("0") is not None
+    assert ahead.take(form("0")) is not None
     with pytest.raises(Invalid, match="cut short"):
-        ahead.take("broken")
-    assert ahead.take("2") is not None
+        ahead.take(form("broken"))
+    assert ahead.take(form("2")) is not None
     ahead.close()
 
 
@@ -108,4 +108,4 @@ def test_closing_ends_the_thread_with_what_it_is_at(disk: Disk) -> None:
     ahead.close()
     assert disk.begun == ["0"]
     assert set(threading.enumerate()) <= threads
-    assert ahead.take("0") is None
+    assert ahead.take(form("0")) is None

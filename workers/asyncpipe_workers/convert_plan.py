@@ -2,6 +2,7 @@
 
 There is one file for each decoder layer and one for everything else. Within a layer's file, what is used together lies
 together: the attention's tensors before the feed-forward's, in each part matrices before vectors, and projections before norms.
+With compression the head is there twice: as it is, and compressed for those who multiply it in that form.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe.model_shape import model_fields
 from asyncpipe.policy import Compression, is_compressible
-from asyncpipe.tensor_names import layer_name, quantized_suffix
+from asyncpipe.tensor_names import HEAD, TABLES, layer_name, quantized_suffix
 from asyncpipe_workers.checkpoint import Checkpoint
 from asyncpipe_workers.checkpoint_files import DTYPE_NAMES
 from asyncpipe_workers.convert_files import make_header
@@ -25,7 +26,6 @@ from asyncpipe_workers.memory.quantization import make_codec
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTER_FILE = "outer.safetensors"
-HEAD = "lm_head.weight"
 
 _QKV = ("qkv_proj", "c_attn", "q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
 _FEED_FORWARD = ("gate", "gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2", "fc1", "c_fc", "fc2", "c_proj")
@@ -87,6 +87,9 @@ def make_plan(checkpoint: Checkpoint, config: dict[str, Any], *, dtype: str, com
     groups: dict[str, list[PlannedTensor]] = defaultdict(list)
     for name in names:
         groups[_file_of(name)].append(_plan_tensor(checkpoint, name, FLOAT_DTYPES[dtype], compression))
+    if compression is not None:
+        heads = [HEAD] if HEAD in names else [name for name in names if name in TABLES]
+        groups[OUTER_FILE] += [_packed_tensor(checkpoint, head, compression) for head in heads]
     return Plan(dtype, compression, tuple(_plan_file(file, groups[file]) for file in sorted(groups)))
 
 
@@ -137,14 +140,17 @@ def _expert(parts: list[str]) -> int:
 
 def _plan_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, compression: Compression | None) -> PlannedTensor:
     stored_dtype, shape = checkpoint.describe(name)
-    stored_name = checkpoint.stored_name(name)
     if compression is not None and stored_dtype.is_floating_point and is_compressible(name, shape):
-        packed = (*shape[:-1], make_codec(compression).packed_size(shape[-1]))
-        return PlannedTensor(
-            name, shape, stored_name + quantized_suffix(compression.num_bits), torch.uint8, packed, is_compressed=True
-        )
+        return _packed_tensor(checkpoint, name, compression)
     if not stored_dtype.is_floating_point:
         dtype = stored_dtype
     if dtype not in DTYPE_NAMES:
         raise Invalid(f"{checkpoint.path}: tensor {name} has dtype {dtype}, which safetensors files cannot hold")
-    return PlannedTensor(name, shape, stored_name, dtype, shape, is_compressed=False)
+    return PlannedTensor(name, shape, checkpoint.stored_name(name), dtype, shape, is_compressed=False)
+
+
+def _packed_tensor(checkpoint: Checkpoint, name: str, compression: Compression) -> PlannedTensor:
+    shape = checkpoint.describe(name).shape
+    packed = (*shape[:-1], make_codec(compression).packed_size(shape[-1]))
+    packed_name = checkpoint.stored_name(name) + quantized_suffix(compression.num_bits)
+    return PlannedTensor(name, shape, packed_name, torch.uint8, packed, is_compressed=True)

@@ -170,7 +170,8 @@ class _Loader:
         make_linear = self._linear_maker()
         weights = Resident(source, dtype=self._dtype, device=self._device, make_linear=make_linear)
         sequence = sequence_of(units)
-        source.expect(form for group in self._groups(sequence, source) for form in group)
+        codec = make_linear.codec if isinstance(make_linear, QuantizedLinears) else None
+        source.expect(form for group in self._groups(sequence, source, codec) for form in group)
         store = ResidentWeights(sequence, weights)
         if isinstance(make_linear, QuantizedLinears):
             self._pack_later(make_linear)
@@ -205,14 +206,14 @@ class _Loader:
         num_params = sum(form.num_rows * form.row_len for form in forms)
         return weights, _total(stored.values()), num_params
 
-    def _groups(self, units: Sequence[Unit[Any]], source: TensorSource) -> list[list[StoredForm]]:
-        """Of each unit; every tensor once, in the order of its first use."""
-        seen: set[str] = set()
+    def _groups(self, units: Sequence[Unit[Any]], source: TensorSource, codec: Codec | None = None) -> list[list[StoredForm]]:
+        """Of each unit; every tensor once, in the order of its first use. `codec` is for what is multiplied."""
+        seen: set[StoredForm] = set()
         groups = []
         for unit in units:
-            fresh = {wanted.name: wanted.shape for wanted in unit.wanted if wanted.name not in seen}
-            seen |= fresh.keys()
-            groups.append([source.form(name, shape) for name, shape in fresh.items()])
+            forms = [source.form(wanted.name, wanted.shape, None if wanted.is_lookup else codec) for wanted in unit.wanted]
+            groups.append([form for form in dict.fromkeys(forms) if form not in seen])
+            seen.update(forms)
         return groups
 
     # --- keys and values, activations ---

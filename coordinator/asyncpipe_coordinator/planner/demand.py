@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from asyncpipe.model_shape import ModelShape
 from asyncpipe.policy import Policy, is_compressible
-from asyncpipe.tensor_names import layer_name
+from asyncpipe.tensor_names import HEAD, TABLES, layer_name
 from asyncpipe_coordinator.core.partition import LayerRange
 from asyncpipe_coordinator.tensor_shapes import Shapes
 
@@ -31,7 +31,6 @@ MEAN_TOKENS = 1024
 UNITS_AHEAD = 3
 ALIGNMENT_BYTES = 2 * 4096 + 64  # of each tensor in a buffer: it is read from a disk's block to another, and aligned
 
-TABLES = ("decoder.embed_tokens.weight", "embed_tokens.weight", "wte.weight")
 EMBEDDING = (*TABLES, "decoder.embed_positions.weight", "decoder.project_in.weight", "wpe.weight")
 
 
@@ -87,7 +86,7 @@ def _stage_shapes(shapes: Shapes, model: ModelShape, layers: LayerRange) -> Shap
         if found is not None:
             is_own = found.layer in range(*layers)
         elif name in EMBEDDING:
-            is_tied_head = name in TABLES and "lm_head.weight" not in shapes
+            is_tied_head = name in TABLES and HEAD not in shapes
             is_own = layers.first == 0 or (is_tied_head and layers.last == model.num_layers)
         else:
             is_own = layers.last == model.num_layers

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
+from asyncpipe_workers.compiled.panels import LayOutPanels
 from asyncpipe_workers.compiled.products import (
     UNROLLED,
     BFloat16Product,
@@ -93,15 +94,12 @@ class CompiledInt4Linear(CompiledLinear):
 
 
 def lay_out(words_OW: torch.Tensor, num_outputs: int) -> torch.Tensor:
-    """(P, W, C), in panels of `num_outputs`, the last one filled with zeros."""
-    num_words = words_OW.shape[1]
-    num_full, num_left = divmod(len(words_OW), num_outputs)
-    panels_PWC = torch.empty(num_full + (num_left > 0), num_words, num_outputs, dtype=words_OW.dtype)
-    full_OW = words_OW[: num_full * num_outputs]
-    panels_PWC[:num_full] = full_OW.view(num_full, num_outputs, num_words).transpose(1, 2)
-    if num_left:
-        panels_PWC[num_full] = 0
-        panels_PWC[num_full, :, :num_left] = words_OW[len(full_OW) :].t()
+    """(P, W, C), in panels of `num_outputs`, the last one filled with zeros. One thread is left for reading what comes next."""
+    out_size, num_words = words_OW.shape
+    panels_PWC = torch.empty(-(-out_size // num_outputs), num_words, num_outputs, dtype=words_OW.dtype)
+    kernel = compiled(LayOutPanels, num_outputs, 8 * words_OW.itemsize)
+    counts = (out_size, num_words, words_OW.stride(0))
+    kernel((words_OW, panels_PWC), counts, num_threads=max(torch.get_num_threads() - 1, 1))
     return panels_PWC
 
 

@@ -19,19 +19,18 @@ class ReadAhead:
     def __init__(self, read: Callable[[StoredForm], torch.Tensor]) -> None:
         self._read = read
         self._left: deque[StoredForm] = deque()
-        self._begun: dict[str, tuple[StoredForm, Future[torch.Tensor]]] = {}
+        self._begun: dict[StoredForm, Future[torch.Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def expect(self, forms: Iterable[StoredForm]) -> None:
         self._left.extend(forms)
         self._begin()
 
-    def take(self, name: str) -> torch.Tensor | None:
-        """What `read` gave for the form of that name; None: it was not read ahead, or has been taken. Raises what `read`
-        raised."""
-        if name not in self._begun:
+    def take(self, form: StoredForm) -> torch.Tensor | None:
+        """What `read` gave for it; None: it was not read ahead, or has been taken. Raises what `read` raised."""
+        reading = self._begun.pop(form, None)
+        if reading is None:
             return None
-        _, reading = self._begun.pop(name)
         try:
             return reading.result()
         finally:
@@ -44,8 +43,8 @@ class ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
     def _begin(self) -> None:
-        num_bytes = sum(form.num_bytes for form, _ in self._begun.values())
+        num_bytes = sum(form.num_bytes for form in self._begun)
         while self._left and (not self._begun or num_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
             form = self._left.popleft()
-            self._begun[form.name] = form, self._thread.submit(self._read, form)
+            self._begun[form] = self._thread.submit(self._read, form)
             num_bytes += form.num_bytes

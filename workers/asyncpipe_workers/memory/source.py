@@ -24,8 +24,9 @@ DUMMY_POOL = 1 << 20
 class TensorSource(Protocol):
     """Names and shapes are those that the model's code uses."""
 
-    def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
-        """Raises Invalid for a tensor that is not there, or has another shape."""
+    def form(self, name: str, shape: tuple[int, ...], codec: Codec | None = None) -> StoredForm:
+        """In which it is read; with `codec`, in which it is read to be packed by that. Raises Invalid for a tensor that is not
+        there, or has another shape."""
         ...
 
     def chunks(self, form: StoredForm, first: int, last: int) -> Iterator[torch.Tensor]:
@@ -38,6 +39,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """All of it, as numbers; nobody else has them."""
+        ...
+
+    def has_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> bool:
+        """Whether it is stored in the codec's form, if in others too."""
         ...
 
     def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
@@ -84,8 +89,9 @@ class CheckpointSource:
         self._suffix = quantized_suffix(quantization.num_bits) if quantization else ""
         self._ahead = ReadAhead(self._read_rows)
 
-    def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
-        if self._packed_codec is not None and name + self._suffix in self._names:
+    def form(self, name: str, shape: tuple[int, ...], codec: Codec | None = None) -> StoredForm:
+        is_wanted = name not in self._names or (codec is not None and codec == self._packed_codec)
+        if is_wanted and self._packed_codec is not None and name + self._suffix in self._names:
             packed_shape = (*shape[:-1], self._packed_codec.packed_size(shape[-1]))
             place = self._checkpoint.locate(name + self._suffix, packed_shape)
             return StoredForm(name, shape, torch.uint8, self._packed_codec, place)
@@ -117,12 +123,16 @@ class CheckpointSource:
             return self._checkpoint.read(name, shape).clone()  # so that the mapped file can be let go
         return form.all_numbers(self._rows(form))
 
+    def has_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> bool:
+        form = self.form(name, shape, codec)
+        return form.place is not None and _is_packed_by(codec, form)
+
     def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
-        form = self.form(name, shape)
+        form = self.form(name, shape, codec)
         return self._rows(form) if _is_packed_by(codec, form) else _packed(self, form, codec)
 
     def _rows(self, form: StoredForm) -> torch.Tensor:
-        rows = self._ahead.take(form.name)
+        rows = self._ahead.take(form)
         return self._read_rows(form) if rows is None else rows
 
     def _read_rows(self, form: StoredForm) -> torch.Tensor:
@@ -164,7 +174,7 @@ class DummySource:
         self._dtype = dtype
         self._codec = codec
 
-    def form(self, name: str, shape: tuple[int, ...]) -> StoredForm:
+    def form(self, name: str, shape: tuple[int, ...], codec: Codec | None = None) -> StoredForm:
         if self._codec is not None and is_compressible(name, shape):
             return StoredForm(name, shape, torch.uint8, self._codec, None)
         return StoredForm(name, shape, self._dtype, None, None)
@@ -184,6 +194,9 @@ class DummySource:
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         form = StoredForm(name, shape, self._dtype, None, None)
         return self._fill(form, 0, _new_numbers(form.num_rows * form.row_len, self._dtype)).view(shape)
+
+    def has_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> bool:
+        return False
 
     def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
         return _packed(self, self.form(name, shape), codec)

@@ -195,6 +195,10 @@ class Source(Protocol):
         """Nobody else has it."""
         ...
 
+    def has_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> bool:
+        """Whether it is stored as `read_packed` gives it."""
+        ...
+
     def read_packed(self, name: str, shape: tuple[int, ...], codec: Codec) -> torch.Tensor:
         """A matrix (O, I) as rows of `codec`'s, (O, B) uint8. Nobody else has it."""
         ...
@@ -233,6 +237,10 @@ class Resident:
         return self._made(weight, self.vector(f"{name}.bias", out_size) if bias else None)
 
     def head(self, name: str, first: int, last: int, *, of: tuple[int, int]) -> Projection:
+        if isinstance(self._make_linear, QuantizedLinears) and self._source.has_packed(name, of, self._make_linear.codec):
+            packed = self._source.read_packed(name, of, self._make_linear.codec)
+            self.num_params += 0 if name in self._tables else of[0] * of[1]
+            return self._counted(self._make_linear.of_packed(packed[first:last], of[1], None))
         table = self._tables.get(name)
         whole = self._read(name, of) if table is None else table
         linear = self._make_linear(whole[first:last], None)
