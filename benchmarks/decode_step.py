@@ -1,11 +1,12 @@
-"""A stage's decode step replayed from a tape, beside the same step computed call by call.
+"""A stage's decode step replayed from a tape, beside the same step computed call by call, and with keys and values in float16.
 
     python benchmarks/decode_step.py
     python benchmarks/decode_step.py --model llama-1.1b --forms int8,int4 --json
+    python benchmarks/decode_step.py --forms int8 --context 1024
 
-One stage with random weights, sequences of 128 tokens and more, and nothing but the stage: no coordinator, no messages. Both
-ways in turn, each with a stage of its own; medians in milliseconds, and `ratio`, the time call by call over that from the tape,
-round by round.
+One stage with random weights, sequences of 128 tokens and more, and nothing but the stage: no coordinator, no messages. All
+ways in turn, each with a stage of its own; medians in milliseconds, and ratios round by round: `ratio` is the time call by call
+over that from the tape, `ratio_half` the time from the tape over that with keys and values in float16, from a tape too.
 """
 
 from __future__ import annotations
@@ -37,24 +38,31 @@ BATCHES = (1, 8, 32)
 QUICK_BATCHES = (1, 8)
 ROUNDS = 12
 QUICK_ROUNDS = 4
-MAX_CONTEXT_LEN = 1024
+MORE_TOKENS = 512  # than of the prompts
 KV_BYTES = 4 << 30
+WAYS = {"calls": (False, "float32"), "tape": (True, "float32"), "half": (True, "float16")}  # is taped, keys and values
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 10, 30_000
 
 
 class Decoding:
     """A stage, and as many sequences as a batch has."""
 
-    def __init__(self, path: Path, form: str, batch: int, *, is_taped: bool) -> None:
+    def __init__(self, path: Path, form: str, batch: int, context: int, *, is_taped: bool, kv_dtype: str) -> None:
         os.environ[decode_tape.SWITCH] = str(int(is_taped))
-        quantize = None if form == "fp32" else form
-        plan = whole_model(path, quantize, max_context_len=MAX_CONTEXT_LEN, max_sequences=batch, kv_bytes=KV_BYTES)
+        plan = whole_model(
+            path,
+            None if form == "fp32" else form,
+            max_context_len=context + MORE_TOKENS,
+            max_sequences=batch,
+            kv_bytes=KV_BYTES,
+            kv_dtype=kv_dtype,
+        )
         self._stage = StageModel.load(plan)
         self._number = 0
         rng = random.Random(0)
-        prompts = [tuple(rng.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(PROMPT_LEN)) for _ in range(batch)]
-        opened = tuple(Opened(n, prompt, PROMPT_LEN) for n, prompt in enumerate(prompts))
-        chunks = tuple(Chunk(n, PROMPT_LEN) for n in range(batch))
+        prompts = [tuple(rng.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(context)) for _ in range(batch)]
+        opened = tuple(Opened(n, prompt, context) for n, prompt in enumerate(prompts))
+        chunks = tuple(Chunk(n, context) for n in range(batch))
         self._token_ids = self._step(Delta(opened=opened, chunks=chunks))
 
     def close(self) -> None:
@@ -75,26 +83,35 @@ class Decoding:
         return output.token_ids
 
 
-def measure(path: Path, form: str, batch: int, rounds: int) -> Mapping[str, float]:
-    ways = {name: Decoding(path, form, batch, is_taped=name == "tape") for name in ("calls", "tape")}
+def measure(path: Path, form: str, batch: int, context: int, rounds: int) -> Mapping[str, float]:
+    ways = {
+        name: Decoding(path, form, batch, context, is_taped=is_taped, kv_dtype=kv_dtype)
+        for name, (is_taped, kv_dtype) in WAYS.items()
+    }
     once = {name: partial(Decoding.milliseconds, way) for name, way in ways.items()}
     times = asyncio.run(in_turn({"": once}, rounds))[""]
     for way in ways.values():
         way.close()
-    ratio = statistics.median(calls / tape for calls, tape in zip(times["calls"], times["tape"], strict=True))
-    return {f"{name}_ms": round(statistics.median(each), 2) for name, each in times.items()} | {"ratio": round(ratio, 3)}
+    ratios = {"ratio": ("calls", "tape"), "ratio_half": ("tape", "half")}
+    return {f"{name}_ms": round(statistics.median(each), 2) for name, each in times.items()} | {
+        name: round(statistics.median(a / b for a, b in zip(times[above], times[below], strict=True)), 3)
+        for name, (above, below) in ratios.items()
+    }
 
 
-def results(path: Path, forms: list[str], batches: tuple[int, ...], rounds: int) -> Iterator[tuple[str, Mapping[str, float]]]:
+def results(
+    path: Path, forms: list[str], batches: tuple[int, ...], context: int, rounds: int
+) -> Iterator[tuple[str, Mapping[str, float]]]:
     for form in forms:
         for batch in batches:
-            yield f"{form}_b{batch}", measure(path, form, batch, rounds)
+            yield f"{form}_b{batch}", measure(path, form, batch, context, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-125m", choices=MODELS, help="whose shape (default: opt-125m)")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of weights (default: {','.join(FORMS)})")
+    parser.add_argument("--context", type=int, default=PROMPT_LEN, help=f"tokens of each prompt (default: {PROMPT_LEN})")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}; quick: {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: under 60 s")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
@@ -107,7 +124,7 @@ def main() -> None:
         path = Path(folder) / "model"
         MODELS[arguments.model].make(path)
         batches, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if arguments.quick else (BATCHES, ROUNDS)
-        print_result(dict(results(path, forms, batches, arguments.rounds or rounds)), as_json=arguments.json)
+        print_result(dict(results(path, forms, batches, arguments.context, arguments.rounds or rounds)), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class ServiceConfig:
     offload_dir: Path | None = None  # for what is on disk; None: the system's temporary folder
     kv_bytes: int | tuple[int, ...] | None = None  # of each stage; None: a share of what is free
     kv_block_tokens: int = 32
+    kv_dtype: str = "auto"  # of keys and values; auto: the worker's choice
     schedule: Schedule = Schedule.CONTINUOUS
     max_waiting: int = 4096  # requests that wait for a place before the answer is Busy
     dtype: str = "auto"
@@ -86,6 +87,8 @@ class ServiceConfig:
         _ = self.cpus  # raises Invalid where there are too few
         if self.dtype not in DTYPES:
             raise Invalid(f"--dtype {self.dtype}: use one of {', '.join(DTYPES)}")
+        if self.kv_dtype not in DTYPES:
+            raise Invalid(f"--kv-dtype {self.kv_dtype}: use one of {', '.join(DTYPES)}")
         self._check_quantize()
         if self.model_impl not in MODEL_IMPLS:
             raise Invalid(f"--model-impl {self.model_impl}: use one of {', '.join(MODEL_IMPLS)}")

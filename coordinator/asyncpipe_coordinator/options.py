@@ -67,6 +67,11 @@ def add_model_options(parser: Parser) -> None:
         metavar="int8|int4",
         help="multiply in int8 (faster; CPUs) or with 4-bit weights (smallest); kept for the next start (default: --dtype)",
     )
+    parser.option(
+        "--kv-dtype",
+        default="auto",
+        help="of keys and values: float16, or as --dtype (default: auto, float16 on CPUs with --quantize, else as --dtype)",
+    )
     parser.option("--threads-per-stage", type=int, metavar="T", help="compute threads (default: the cores, shared out)")
     pin_help = "keep stages to NUMA nodes, or each thread to a core of its own (default: auto: to nodes if there are several)"
     parser.option("--pin", default="auto", metavar="auto|cores|off", help=pin_help)
@@ -177,6 +182,7 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
         dtype=arguments.dtype,
         model_impl=arguments.model_impl,
         quantize=arguments.quantize,
+        kv_dtype=arguments.kv_dtype,
         threads_per_stage=arguments.threads_per_stage,
         pin=arguments.pin,
     )

@@ -100,6 +100,7 @@ def test_a_flag_can_come_from_the_environment(checkpoint: Path) -> None:
         (("--prompt", "a", "--max-new-tokens", "99999999999"), ["max_new_tokens"]),
         (("--prompt", "a", "--micro-batches", "-3"), ["--micro-batches"]),
         (("--prompt", "a", "--dtype", "float8"), ["--dtype", "float32"]),
+        (("--prompt", "a", "--kv-dtype", "float8"), ["--kv-dtype", "float16"]),
         (("--prompt", "a", "--device", "tpu"), ["--device"]),
         (
             (

@@ -172,9 +172,9 @@ def test_few_bits_keep_the_bundled_models_perplexity(tmp_path: Path) -> None:
     sources = sorted((Path(__file__).parents[2] / "asyncpipe").rglob("*.py"))
     prompts = [ids[:500] for source in sources if len(ids := tokenizer.encode(source.read_text()).ids) > 200]
 
-    async def perplexity(quantize: str | None = None, **policy: Any) -> float:
+    async def perplexity(quantize: str | None = None, kv_dtype: str = "auto", **policy: Any) -> float:
         """Prompts are computed in chunks of 16, so that most attention is to what the cache holds."""
-        options = {"max_step_tokens": 16, "quantize": quantize}
+        options = {"max_step_tokens": 16, "quantize": quantize, "kv_dtype": kv_dtype}
         async with serving(BUNDLED_MODEL, offload_dir=tmp_path, policy=policy, **options) as client:
             results = await asyncio.gather(
                 *(client.generate(prompt, max_new_tokens=1, prompt_logprobs=0, timeout_s=100) for prompt in prompts)
@@ -187,12 +187,13 @@ def test_few_bits_keep_the_bundled_models_perplexity(tmp_path: Path) -> None:
         return {
             "weights in 4 bits": await perplexity(compress_weight=True) / exact,
             "cache in 4 bits": await perplexity(compress_cache=True) / exact,
+            "cache in float16": await perplexity(kv_dtype="float16") / exact,
             "int8": await perplexity("int8") / exact,
             "int4": await perplexity("int4") / exact,
         }
 
     ratios = run(scenario(), timeout_s=170)
-    limits = {"weights in 4 bits": 1.02, "cache in 4 bits": 1.02, "int8": 1.01, "int4": 1.03}
+    limits = {"weights in 4 bits": 1.02, "cache in 4 bits": 1.02, "cache in float16": 1.0001, "int8": 1.01, "int4": 1.03}
     assert all(ratios[name] < limit for name, limit in limits.items()), json.dumps(ratios)
 
 

@@ -402,6 +402,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             policy=POLICY,
             offload_dir="/tmp/offload",
             quantize="int8",
+            kv_dtype="float16",
             model_impl="native",
         ),
         {
@@ -428,6 +429,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "policy": PLAIN_POLICY,
             "offload_dir": "/tmp/offload",
             "quantize": "int8",
+            "kv_dtype": "float16",
             "model_impl": "native",
         },
     ),

@@ -48,15 +48,18 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize(("num", "total"), [(21, 21), (21, 40), (1, 64), (90, 150)])
 @pytest.mark.parametrize(
     "form", [PLAIN, AttentionForm(window=7), AttentionForm(window=70), AttentionForm(softcap=2.0, window=30)], ids=str
 )
-def test_every_way_gives_what_the_definition_gives(form: AttentionForm, num: int, total: int, groups: int) -> None:
+def test_every_way_gives_what_the_definition_gives(
+    form: AttentionForm, num: int, total: int, groups: int, kept: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(num, 12, HEAD_SIZE, generator=generator)  # queries lie apart, as in a fused product
-    kv_GCK = KeysValues(*(torch.randn(2, groups, total + 9, HEAD_SIZE, generator=generator)))
+    kv_GCK = KeysValues(*torch.randn(2, groups, total + 9, HEAD_SIZE, generator=generator).to(kept))
     for each in kv_GCK:
         each[:, total:] = math.nan  # what a cache may have behind a sequence
     kv_GCK = KeysValues(*(each[:, :total] for each in kv_GCK))
@@ -73,11 +76,12 @@ def test_keys_and_values_may_lie_token_by_token() -> None:
 
 
 @pytest.mark.usefixtures("compiled_kernels", "lanes")
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("form", [PLAIN, AttentionForm(window=70), AttentionForm(softcap=2.0)], ids=str)
-def test_what_a_query_gives_does_not_depend_on_its_chunk(form: AttentionForm) -> None:
+def test_what_a_query_gives_does_not_depend_on_its_chunk(form: AttentionForm, kept: torch.dtype) -> None:
     """To the last bit, where chunks are compiled."""
     q_THK = torch.randn(300, 4, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
-    kv_GCK = KeysValues(*torch.randn(2, 2, 300, HEAD_SIZE, generator=torch.Generator().manual_seed(1)))
+    kv_GCK = KeysValues(*torch.randn(2, 2, 300, HEAD_SIZE, generator=torch.Generator().manual_seed(1)).to(kept))
     whole = attend_chunk(q_THK, kv_GCK, form)
     torch.testing.assert_close(whole, by_definition(q_THK, kv_GCK, form), rtol=1e-5, atol=1e-5)
     for start, end in ((0, 77), (77, 200), (200, 300)):
@@ -101,12 +105,12 @@ def attended_rows(cache: KVCache, kept: list[KeysValues], q_NHK: torch.Tensor, f
     return cache.attend(0, QKV(q_NHK, *newest), layout, form)
 
 
-def kv_shape(groups: int) -> KVShape:
+def kv_shape(groups: int, kept: torch.dtype = torch.float32) -> KVShape:
     return KVShape(
         num_layers=2,
         num_heads=groups,
         head_size=HEAD_SIZE,
-        dtype=torch.float32,
+        dtype=kept,
         max_context_len=64,
         max_sequences=8,
         block_tokens=16,
@@ -130,17 +134,18 @@ def rows_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("rows_way")
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [(9,), (20, 20, 20), (5, 21, 1, 13)], ids=str)
 @pytest.mark.parametrize(
     "form", [PLAIN, AttentionForm(window=7), AttentionForm(softcap=2.0), AttentionForm(window=3, softcap=0.5)], ids=str
 )
 def test_rows_of_several_sequences_give_what_the_definition_gives(
-    form: AttentionForm, lengths: tuple[int, ...], groups: int
+    form: AttentionForm, lengths: tuple[int, ...], groups: int, kept_in: torch.dtype
 ) -> None:
     """However their lengths differ, and wherever in the cache they are."""
-    generator, shape = torch.Generator().manual_seed(0), kv_shape(groups)
-    kept = [KeysValues(*(torch.randn(n, groups, HEAD_SIZE, generator=generator) for _ in range(2))) for n in lengths]
+    generator, shape = torch.Generator().manual_seed(0), kv_shape(groups, kept_in)
+    kept = [KeysValues(*torch.randn(2, n, groups, HEAD_SIZE, generator=generator).to(kept_in).float()) for n in lengths]
     q_NHK = torch.randn(len(lengths), 4, HEAD_SIZE, generator=generator)
     expected = torch.cat(
         [
@@ -148,7 +153,10 @@ def test_rows_of_several_sequences_give_what_the_definition_gives(
             for row, kv in enumerate(kept)
         ]
     )
-    for cache in (ArenaKV(shape, num_blocks=24), PagedKV(shape, num_blocks=24, device=torch.device("cpu"))):
+    caches: list[KVCache] = [ArenaKV(shape, num_blocks=24)]
+    if kept_in == torch.float32:
+        caches.append(PagedKV(shape, num_blocks=24, device=torch.device("cpu")))
+    for cache in caches:
         for _ in range(2):
             found = attended_rows(cache, kept, q_NHK, form)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -199,7 +199,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_compiler_there_are_torchs_forms_and_products() -> None:
     assert list(FloatLinears(torch.float32).forms(torch.float16)) == ["plain", "packed"]
     assert list(packed_forms(RowCodec(), CPU)) == list(packed_forms(GroupCodec(64), CPU)) == ["torch"]
-    assert newest_attention(shared=1, size=64, softcap=None) is None
+    assert newest_attention(shared=1, size=64, softcap=None, kept=torch.float32) is None
     weight, x = numbers(96, 64), numbers(5, 64, seed=2)
     for codec in (RowCodec(), GroupCodec(64)):
         found = QuantizedLinears(codec, CPU, torch.float32)(weight, None)(x)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from asyncpipe.errors import Invalid
+from asyncpipe.policy import Policy
 from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
-from asyncpipe_workers import stage_model
+from asyncpipe_workers import stage_memory, stage_model
+from asyncpipe_workers.memory.kv import ArenaKV
 from asyncpipe_workers.models import kernels
 from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.sampling import Sampled
@@ -111,6 +114,37 @@ def test_weights_in_16_bits_stay_so_where_kernels_are_compiled(tmp_path: Path, m
         pytest.skip("no kernels are compiled here")
     float32, bfloat16 = (stages[dtype].param_bytes for dtype in ("float32", "bfloat16"))
     assert bfloat16 < 0.65 * float32  # the head is there twice, laid out for its kernel, and vectors are converted
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kv_dtype", "expected"),
+    [("int8", "", torch.float16), ("int8", "float32", torch.float32), ("", "", torch.float32), ("", "float16", torch.float16)],
+)
+def test_keys_and_values_are_in_half_precision_where_that_costs_little(
+    quantize: str, kv_dtype: str, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_memory, "newest_attention", lambda **_: "a kernel")
+    stages = load_chain(make_opt(tmp_path), (2, 2), quantize=quantize, kv_dtype=kv_dtype)
+    (whole,) = load_chain(tmp_path, (4,), quantize=quantize, kv_dtype="float32")
+    for stage in stages:
+        assert isinstance(stage._memory.cache, ArenaKV)
+        assert stage._memory.cache._keys[0].dtype == expected
+    prompts = distinct_prompts(3)
+    found, exact = (Chain(each).generate(prompts, max_new_tokens=8, chunk=40) for each in (stages, [whole]))
+    assert found == exact or quantize, "only codes of weights bring tokens so close that it would matter"
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"kv_dtype": "float8"}, "use one of"),
+        ({"kv_dtype": "bfloat16"}, "are in float32, as --dtype says, or in float16 on a CPU"),
+        ({"kv_dtype": "float16", "policy": Policy(cache_gpu_percent=50.0, cache_cpu_percent=50.0)}, "and has all of them"),
+    ],
+)
+def test_keys_and_values_in_what_nobody_computes_with_are_refused(plan: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match=words):
+        load_chain(make_opt(tmp_path), (4,), **plan)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

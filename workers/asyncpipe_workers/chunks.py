@@ -22,22 +22,23 @@ def attend_chunk(q_THK: torch.Tensor, kv_GCK: KeysValues, form: AttentionForm = 
     there is a window."""
     (num, num_heads, size), groups = q_THK.shape, len(kv_GCK.keys_GCK)
     shared = num_heads // groups
-    attention = None
+    attention, kept = None, kv_GCK.keys_GCK.dtype
     if q_THK.dtype == torch.float32 and q_THK.device.type == "cpu" and num * shared >= MIN_ROWS_TO_COMPILE:
-        attention = compiled_attention(shared=shared, size=size, softcap=form.softcap)
+        attention = compiled_attention(shared=shared, size=size, softcap=form.softcap, kept=kept)
     if attention is not None:
         return attention(q_THK, kv_GCK, form.window)
+    kv_GCK = KeysValues(*(each.to(q_THK.dtype) for each in kv_GCK))
     if form.softcap is None:
         return _attend_fused(q_THK, kv_GCK, form.window)
     return _attend_with_softcap(q_THK, kv_GCK, form.softcap, form.window)
 
 
 @functools.cache
-def compiled_attention(*, shared: int, size: int, softcap: float | None) -> CompiledAttention | None:
+def compiled_attention(*, shared: int, size: int, softcap: float | None, kept: torch.dtype) -> CompiledAttention | None:
     """None where torch is as quick, or all that there is."""
     with contextlib.suppress(ImportError, NotImplementedError):
         if _beats_torch(shared=shared, size=size):
-            return CompiledAttention(shared=shared, size=size, softcap=softcap)
+            return CompiledAttention(shared=shared, size=size, softcap=softcap, kept=kept)
     return None
 
 
@@ -59,16 +60,19 @@ def _beats_torch(*, shared: int, size: int) -> bool:
 
 
 class CompiledAttention:
-    """In float32, for `shared` heads of `size` to each one of keys and values. Raises NotImplementedError where no such kernel
-    is, and ImportError where there is no compiler."""
+    """In float32, for `shared` heads of `size` to each one of keys and values, which are `kept` in float32 or float16. Raises
+    NotImplementedError where no such kernel is, and ImportError where there is no compiler."""
 
-    def __init__(self, *, shared: int, size: int, softcap: float | None) -> None:
-        from asyncpipe_workers.compiled.chunk_attention import NUMBERS, ChunkAttention, scratch_bytes
+    def __init__(self, *, shared: int, size: int, softcap: float | None, kept: torch.dtype = torch.float32) -> None:
+        from asyncpipe_workers.compiled.chunk_attention import NUMBERS, ChunkAttention, ChunkAttention16, scratch_bytes
         from asyncpipe_workers.compiled.compiler import compiled
 
-        if size % NUMBERS:
-            raise NotImplementedError(f"no kernel for heads of {size}")
-        self._kernel = compiled(ChunkAttention, shared, size, softcap)
+        kinds = {torch.float32: ChunkAttention, torch.float16: ChunkAttention16}
+        if kept not in kinds or size % NUMBERS:
+            raise NotImplementedError(f"no kernel for heads of {size} in {kept}")
+        self._kernel = compiled(kinds[kept], shared, size, softcap)
+        if kept == torch.float16 and size % self._kernel.lanes:
+            raise NotImplementedError(f"no kernel for heads of {size} in {kept}")
         self._scratch_bytes = functools.partial(scratch_bytes, size, self._kernel.lanes)
 
     def __call__(self, q_THK: torch.Tensor, kv_GCK: KeysValues, window: int | None = None) -> torch.Tensor:

@@ -35,14 +35,17 @@ class Seen(NamedTuple):
 
 
 class NewestAttention:
-    """In float32, for `shared` heads of `size` to each one of keys and values. Raises NotImplementedError where no such kernel
-    is, and ImportError where there is no compiler."""
+    """In float32, for `shared` heads of `size` to each one of keys and values, which are `kept` in float32 or float16. Raises
+    NotImplementedError where no such kernel is, and ImportError where there is no compiler."""
 
-    def __init__(self, *, shared: int, size: int, softcap: float | None) -> None:
-        from asyncpipe_workers.compiled.attention import RowAttention, scratch_bytes
+    def __init__(self, *, shared: int, size: int, softcap: float | None, kept: torch.dtype = torch.float32) -> None:
+        from asyncpipe_workers.compiled.attention import RowAttention, RowAttention16, scratch_bytes
         from asyncpipe_workers.compiled.compiler import compiled
 
-        self._kernel = compiled(RowAttention, shared, size, softcap)
+        kinds = {torch.float32: RowAttention, torch.float16: RowAttention16}
+        if kept not in kinds:
+            raise NotImplementedError(f"no kernel for keys and values in {kept}")
+        self._kernel = compiled(kinds[kept], shared, size, softcap)
         if size % self._kernel.lanes:
             raise NotImplementedError(f"no kernel for heads of {size}")
         self._scratch_bytes = functools.partial(scratch_bytes, size=size, lanes=self._kernel.lanes)
@@ -60,31 +63,32 @@ class NewestAttention:
 
 
 @functools.cache
-def newest_attention(*, shared: int, size: int, softcap: float | None) -> NewestAttention | None:
+def newest_attention(*, shared: int, size: int, softcap: float | None, kept: torch.dtype) -> NewestAttention | None:
     """None where products are as quick, or all that there is."""
     with contextlib.suppress(ImportError, NotImplementedError):
-        if _beats_products(shared=shared, size=size):
-            return NewestAttention(shared=shared, size=size, softcap=softcap)
+        if _beats_products(shared=shared, size=size, kept=kept):
+            return NewestAttention(shared=shared, size=size, softcap=softcap, kept=kept)
     return None
 
 
-def _beats_products(*, shared: int, size: int) -> bool:
+def _beats_products(*, shared: int, size: int, kept: torch.dtype) -> bool:
     num, groups, length = 16, 4, 256
 
     @functools.cache
     def operands() -> tuple[QKV, KeysValues]:
-        keys, values = (torch.randn(num, groups, length + 44, size) for _ in range(2))
+        keys, values = (torch.randn(num, groups, length + 44, size).to(kept) for _ in range(2))
         k, v = (torch.randn(num, groups, size) for _ in range(2))
         return QKV(torch.randn(num, groups * shared, size), k, v), KeysValues(keys, values)
 
     def products() -> list[Call]:
         qkv, (keys, values) = operands()
-        return [lambda: attend_rows(qkv.q_THK, keys[:, :, :length], values[:, :, :length])]
+        return [lambda: attend_rows(qkv.q_THK, keys[:, :, :length].float(), values[:, :, :length].float())]
 
     def compiled() -> list[Call]:
-        attention = NewestAttention(shared=shared, size=size, softcap=None)
+        attention = NewestAttention(shared=shared, size=size, softcap=None, kept=kept)
         seen = Seen.of([Row(slot, length) for slot in range(num)], None)
         return [lambda: attention(*operands(), seen)]
 
     ways: dict[str, Callable[[], list[Call]]] = {"products": products, "compiled": compiled}
-    return quickest(f"attention of {shared} rows of {size}", ways) == "compiled"
+    what = f"attention of {shared} rows of {size}"
+    return quickest(what if kept == torch.float32 else f"{what} in {kept}", ways) == "compiled"

@@ -36,6 +36,7 @@ from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.models.registry import Model, find_model
 from asyncpipe_workers.models.units import StageUnits, Unit
 from asyncpipe_workers.models.weights import Resident, Wanted
+from asyncpipe_workers.newest import newest_attention
 from asyncpipe_workers.sweep import sequence_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,7 +225,7 @@ class _Loader:
             num_layers=num_layers,
             num_heads=self._config.num_kv_heads,
             head_size=self._config.head_size,
-            dtype=self._dtype,
+            dtype=self._kv_dtype(),
             max_context_len=plan.max_context_len,
             max_sequences=plan.max_sequences,
             block_tokens=plan.kv_block_tokens,
@@ -249,6 +250,29 @@ class _Loader:
         )
         self._resources.callback(cache.close_files)
         return cache, shape
+
+    def _kv_dtype(self) -> torch.dtype:
+        """float16 is for CPUs, where kernels read it as float32. Quantized weights cost more than it does, so that it is the
+        default with them."""
+        wanted = DTYPES.get(self._plan.kv_dtype)
+        if self._plan.kv_dtype and wanted is None:
+            raise Invalid(f"kv_dtype {self._plan.kv_dtype}: use one of {', '.join(DTYPES)}")
+        is_possible = self._device.type == "cpu" and self._dtype == torch.float32 and not self._policy.moves_cache
+        if wanted is None:
+            is_best = is_possible and bool(self._plan.quantize) and self._reads_halves()
+            return torch.float16 if is_best else self._dtype
+        if wanted != self._dtype and not (wanted == torch.float16 and is_possible):
+            raise Invalid(
+                f"--kv-dtype {self._plan.kv_dtype}: keys and values are in {self._plan.dtype}, as --dtype says, or in float16"
+                " on a CPU that computes in float32 and has all of them"
+            )
+        return wanted
+
+    def _reads_halves(self) -> bool:
+        """Whether there are quick kernels for it."""
+        config = self._config
+        shared = config.num_heads // config.num_kv_heads
+        return newest_attention(shared=shared, size=config.head_size, softcap=None, kept=torch.float16) is not None
 
     def _num_blocks(self, shape: KVShape) -> int:
         """As many as the plan's memory takes, on all tiers. Raises Invalid when not even one sequence of a block fits."""

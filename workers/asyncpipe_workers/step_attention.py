@@ -61,6 +61,7 @@ def attend_groups(cache: GroupCache, layer: int, qkv: QKV, layout: StepLayout, f
     for group in groups_of(layout, form.window, cache.most_padding):
         cache.write_rows(layer, group, KeysValues(qkv.k_TGK[group.rows], qkv.v_TGK[group.rows]))
         keys, values = cache.read(layer, slice(group.first_slot, group.first_slot + group.num), group.places)
+        keys, values = (each.to(qkv.q_THK.dtype) for each in (keys, values))
         out_BHK[group.rows] = attend_rows(qkv.q_THK[group.rows], keys, values, group.mask_N11C, form.softcap)
     return out_BHK
 

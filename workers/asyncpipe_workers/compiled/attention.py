@@ -1,4 +1,4 @@
-"""The instructions of attention of sequences' newest tokens, over float32 keys and values, each read once where it lies.
+"""The instructions of attention of sequences' newest tokens, over keys and values that are each read once where they lie.
 
 A product of many keys with one query is what libraries for matrices are worst at: on some processors it reads memory at half
 of its rate, and writing the new keys to where they belong takes as long again. Here a thread has some of the heads of keys and
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import COUNT, FLOAT32
-from asyncpipe_workers.compiled.kernel import Kernel
+from asyncpipe_workers.compiled.builder import COUNT, FLOAT16, FLOAT32
+from asyncpipe_workers.compiled.kernel import HALF_FEATURES, Kernel
 
 ADDRESSES = ("q", "k", "v", "keys", "values", "sequences", "out", "scratch")
 COUNTS = ("rows", "groups", "capacity", "q_stride", "k_stride", "v_stride", "longest")
-"""q (B, H, K), k and v (B, G, K), whose rows are so many numbers apart; keys and values (S, G, C, K); out (B, H, K).
+"""q (B, H, K), k and v (B, G, K), whose rows are so many numbers apart; keys and values (S, G, C, K); out (B, H, K). Keys and
+values are of the type that is kept, everything else is float32.
 
 `sequences` (B, 3) are int64: the slot, the first token that is seen, and the length with the new token. `longest` is what is
 seen at most; scratch has room for `scratch_bytes`.
@@ -39,6 +41,8 @@ def scratch_bytes(longest: int, size: int, lanes: int, num_threads: int) -> int:
 class RowAttention(Kernel):
     """For `shared` heads of `size` to each one of keys and values."""
 
+    kept: ClassVar[ir.Type] = FLOAT32
+
     def __init__(self, lanes: int, shared: int, size: int, softcap: float | None = None) -> None:
         self._shared = shared
         self._size = size
@@ -58,10 +62,10 @@ class RowAttention(Kernel):
             begin = b.times(b.plus(b.times(slot, groups), group), capacity)
             kept = []
             for new, stride, cache in ((k, k_stride, keys), (v, v_stride, values)):
-                own = b.at(cache, b.times(begin, self._size), FLOAT32)
+                own = b.at(cache, b.times(begin, self._size), self.kept)
                 token = b.at(new, b.plus(b.times(row, stride), b.times(group, self._size)), FLOAT32)
-                self._copy(token, b.at(own, b.times(b.sub(length, b.count(1)), self._size), FLOAT32))
-                kept.append(b.at(own, b.times(first, self._size), FLOAT32))
+                self._keep(token, b.at(own, b.times(b.sub(length, b.count(1)), self._size), self.kept))
+                kept.append(b.at(own, b.times(first, self._size), self.kept))
             seen = b.sub(length, first)
             for head in range(0, self._shared, at_once):
                 heads = range(head, min(head + at_once, self._shared))
@@ -74,18 +78,18 @@ class RowAttention(Kernel):
                 sums = [self._weigh(own, seen) for own in scores]
                 self._mix(scores, sums, kept[1], seen, outs)
 
-    def _copy(self, token: ir.Value, to: ir.Value) -> None:
+    def _keep(self, token: ir.Value, to: ir.Value) -> None:
         b = self.b
         for n in range(0, self._size, self.lanes):
-            b.write(b.read(b.at(token, n, FLOAT32), b.floats), b.at(to, n, FLOAT32))
+            b.write_floats(b.read_floats(b.at(token, n, FLOAT32)), b.at(to, n, self.kept), self.kept)
 
     def _score(self, queries: Sequence[ir.Value], keys: ir.Value, seen: ir.Value, scores: Sequence[ir.Value]) -> None:
         b = self.b
         with b.loop(0, seen) as token:
-            key = b.at(keys, b.times(token, self._size), FLOAT32)
+            key = b.at(keys, b.times(token, self._size), self.kept)
             sums = [b.all_lanes(b.floats, 0.0)] * len(queries)
             for n in range(0, self._size, self.lanes):
-                part = b.read(b.at(key, n, FLOAT32), b.floats)
+                part = b.read_floats(b.at(key, n, self.kept), self.kept)
                 sums = [
                     b.fused(part, b.read(b.at(query, n, FLOAT32), b.floats), total)
                     for query, total in zip(queries, sums, strict=True)
@@ -124,13 +128,20 @@ class RowAttention(Kernel):
         parts = range(0, self._size, self.lanes)
         mixed = {(i, n): b.variable(b.all_lanes(b.floats, 0.0)) for i in range(len(outs)) for n in parts}
         with b.loop(0, seen) as token:
-            value = b.at(values, b.times(token, self._size), FLOAT32)
+            value = b.at(values, b.times(token, self._size), self.kept)
             each = [b.spread(b.read(b.at(own, token, FLOAT32), FLOAT32)) for own in weights]
             for n in parts:
-                part = b.read(b.at(value, n, FLOAT32), b.floats)
+                part = b.read_floats(b.at(value, n, self.kept), self.kept)
                 for i, weight in enumerate(each):
                     mixed[i, n].set(b.fused(part, weight, mixed[i, n].get()))
         for i, (total, out) in enumerate(zip(sums, outs, strict=True)):
             factor = b.spread(b.fdiv(ir.Constant(FLOAT32, 1.0), total))
             for n in parts:
                 b.write(b.fmul(mixed[i, n].get(), factor), b.at(out, n, FLOAT32))
+
+
+class RowAttention16(RowAttention):
+    """Over keys and values in float16."""
+
+    features = HALF_FEATURES
+    kept = FLOAT16

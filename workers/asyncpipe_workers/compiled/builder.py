@@ -72,6 +72,15 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         how = [ir.Constant(WORD, n) for n in (READ, TO_SECOND_CACHE, DATA)]
         self.outside("llvm.prefetch.p0", NOTHING, address, *how)
 
+    def read_floats(self, address: ir.Value, of: ir.Type = FLOAT32) -> ir.Value:
+        """As many numbers as there are lanes, of that type."""
+        numbers = self.read(address, ir.VectorType(of, self.lanes))
+        return numbers if of == FLOAT32 else self.fpext(numbers, self.floats)
+
+    def write_floats(self, numbers: ir.Value, address: ir.Value, of: ir.Type = FLOAT32) -> None:
+        """As numbers of that type, rounded."""
+        self.write(numbers if of == FLOAT32 else self.fptrunc(numbers, ir.VectorType(of, self.lanes)), address)
+
     # --- vectors ---
 
     def all_lanes(self, of: ir.VectorType, value: float) -> ir.Constant:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import FLOAT32, WORD, Count, Variable
-from asyncpipe_workers.compiled.kernel import Kernel
+from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, WORD, Builder, Count, Variable
+from asyncpipe_workers.compiled.kernel import HALF_FEATURES, Kernel
 
 ADDRESSES = ("q", "keys", "values", "out", "scratch")
 COUNTS = ("queries", "groups", "total", "window", "q_row", "keys_head", "keys_token", "values_head", "values_token")
 """q and out (T, H, K); keys and values (G, C, K); rows of q, heads and tokens of keys and of values are so many numbers apart.
 
-Query t sees the newest `window` of the first C - T + t + 1 of the `total` C tokens. Scratch has room for `scratch_bytes`.
+Query t sees the newest `window` of the first C - T + t + 1 of the `total` C tokens. Keys and values are of the type that is
+kept, everything else is float32. Scratch has room for `scratch_bytes`.
 """
 
 BLOCK = 64  # keys, counted from the first, whose scores are there at once
@@ -34,7 +36,7 @@ def tile_vectors(lanes: int) -> int:
 
 
 def scratch_bytes(size: int, lanes: int, num_threads: int) -> int:
-    return num_threads * (2 * size + BLOCK + 1) * tile_vectors(lanes) * lanes * 4
+    return num_threads * ((2 * size + BLOCK + 1) * tile_vectors(lanes) * lanes + BLOCK * size) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,26 @@ class _Tile:
     turned_sums: ir.Value  # of values times their weights
     scores: ir.Value
     newest: ir.Value  # the last key that each row sees
+    block: ir.Value  # keys or values, if they are not kept in float32
     tops: Sequence[Variable]  # the largest score so far
     totals: Sequence[Variable]  # of weights so far
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Keys or values in float32, which are so many numbers apart."""
+
+    first: ir.Value
+    token_numbers: ir.Value
+
+    def token(self, b: Builder, n: Count) -> ir.Value:
+        return b.at(self.first, b.times(n, self.token_numbers), FLOAT32)
+
+
 class ChunkAttention(Kernel):
     """For `shared` heads of `size`, a multiple of NUMBERS, to each one of keys and values."""
+
+    kept: ClassVar[ir.Type] = FLOAT32
 
     def __init__(self, lanes: int, shared: int, size: int, softcap: float | None = None) -> None:
         self._shared = shared
@@ -88,12 +104,12 @@ class ChunkAttention(Kernel):
         b = self.b
         turned = self._size * self._tile_rows
         own = b.at(self.arguments["scratch"], b.times(self.thread(), scratch_bytes(self._size, self.lanes, num_threads=1)))
-        queries, sums, scores, newest = (
-            b.at(own, offset, FLOAT32) for offset in (0, turned, 2 * turned, 2 * turned + BLOCK * self._tile_rows)
-        )
+        newest = 2 * turned + BLOCK * self._tile_rows
+        offsets = (0, turned, 2 * turned, newest, newest + self._tile_rows)
+        queries, sums, scores, newest_keys, block = (b.at(own, offset, FLOAT32) for offset in offsets)
         num = self._smaller_count(b.sub(rows, first), self._tile_rows)
         tops, totals = ([b.variable(b.all_lanes(b.floats, value)) for _ in self._vectors] for value in (LOWEST, 0.0))
-        return _Tile(first, num, group, queries, sums, scores, newest, tops, totals)
+        return _Tile(first, num, group, queries, sums, scores, newest_keys, block, tops, totals)
 
     # --- a tile ---
 
@@ -136,12 +152,13 @@ class ChunkAttention(Kernel):
     def _score(self, tile: _Tile, first: ir.Value, num: ir.Value) -> None:
         """Of `num` keys from `first` on."""
         b = self.b
+        block = self._block(tile, "keys", first, num)
         done: Count = 0
         for together in (NUMBERS, 1):
             num_together = b.over(b.sub(num, b.count(done)), together)
             with b.loop(0, num_together) as which:
                 key = b.plus(done, b.times(which, together))
-                keys = [self._token(tile, "keys", b.plus(first, key, n)) for n in range(together)]
+                keys = [block.token(b, b.plus(key, n)) for n in range(together)]
 
                 def places(n: ir.Value, keys: Sequence[ir.Value] = keys) -> list[ir.Value]:
                     return [b.at(own, n, FLOAT32) for own in keys]
@@ -191,13 +208,13 @@ class ChunkAttention(Kernel):
 
     def _mix(self, tile: _Tile, first: ir.Value, num: ir.Value, factors: Sequence[ir.Value]) -> None:
         """Values times their weights are added to the sums, after those are multiplied by `factors`."""
-        b = self.b
+        b, block = self.b, self._block(tile, "values", first, num)
         with b.loop(0, self._size, NUMBERS) as number:
             rows = [self._row(tile.turned_sums, b.plus(number, n)) for n in range(NUMBERS)]
             old = [[b.fmul(*pair) for pair in zip(self._read_row(row), factors, strict=True)] for row in rows]
 
             def places(key: ir.Value, number: ir.Value = number) -> list[ir.Value]:
-                value = self._token(tile, "values", b.plus(first, key))
+                value = block.token(b, key)
                 return [b.at(value, b.plus(number, n), FLOAT32) for n in range(NUMBERS)]
 
             for row, new in zip(rows, self._sums(old, num, tile.scores, places), strict=True):
@@ -223,11 +240,20 @@ class ChunkAttention(Kernel):
 
     # --- addresses and counts ---
 
-    def _token(self, tile: _Tile, of: str, token: ir.Value) -> ir.Value:
-        """Of the keys or the values."""
+    def _block(self, tile: _Tile, of: str, first: ir.Value, num: ir.Value) -> _Block:
+        """`num` keys or values from `first` on: where they lie, or as float32 in scratch."""
         b = self.b
-        place = b.plus(b.times(tile.group, self.arguments[f"{of}_head"]), b.times(token, self.arguments[f"{of}_token"]))
-        return b.at(self.arguments[of], place, FLOAT32)
+        token_numbers = self.arguments[f"{of}_token"]
+        place = b.plus(b.times(tile.group, self.arguments[f"{of}_head"]), b.times(first, token_numbers))
+        own = b.at(self.arguments[of], place, self.kept)
+        if self.kept == FLOAT32:
+            return _Block(own, token_numbers)
+        block = _Block(tile.block, b.count(self._size))
+        with b.loop(0, num) as token:
+            source, target = b.at(own, b.times(token, token_numbers), self.kept), block.token(b, token)
+            for n in range(0, self._size, self.lanes):
+                b.write_floats(b.read_floats(b.at(source, n, self.kept), self.kept), b.at(target, n, FLOAT32))
+        return block
 
     def _row(self, rows: ir.Value, n: Count) -> ir.Value:
         """Of a tile."""
@@ -245,3 +271,10 @@ class ChunkAttention(Kernel):
 
     def _larger_count(self, a: ir.Value, b: Count) -> ir.Value:
         return self.b.select(self.b.icmp_signed(">", a, self.b.count(b)), a, self.b.count(b))
+
+
+class ChunkAttention16(ChunkAttention):
+    """Over keys and values in float16. Heads' sizes are multiples of `lanes`."""
+
+    features = HALF_FEATURES
+    kept = FLOAT16

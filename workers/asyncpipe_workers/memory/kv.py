@@ -183,9 +183,9 @@ class ArenaKV:
     def attend_rows(self, layer: int, qkv: QKV, layout: StepLayout, form: AttentionForm) -> torch.Tensor:
         cache = KeysValues(self._keys[layer], self._values[layer])
         (num_heads, size), num_groups = qkv.q_THK.shape[1:], cache.keys_GCK.shape[1]
-        attention = None
-        if cache.keys_GCK.dtype == torch.float32:
-            attention = newest_attention(shared=num_heads // num_groups, size=size, softcap=form.softcap)
+        attention, kept = None, cache.keys_GCK.dtype
+        if qkv.q_THK.dtype == torch.float32:
+            attention = newest_attention(shared=num_heads // num_groups, size=size, softcap=form.softcap, kept=kept)
         if attention is None:
             return attend_groups(self, layer, qkv, layout, form)
         if form.window not in layout.seen:

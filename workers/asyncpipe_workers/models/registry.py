@@ -34,6 +34,9 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def num_heads(self) -> int: ...
+
+    @property
     def num_kv_heads(self) -> int: ...
 
     @property
