@@ -244,7 +244,7 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     eos_token_ids: StepTokenIds = ()
     num_threads: Count = 0  # compute threads; 0 leaves torch's default
     kv_block_tokens: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
-    kv_dtype: Name = ""  # of keys and values, as `dtype`; empty: what is quickest where that loses less than `quantize` does
+    kv_dtype: Name = "auto"  # of keys and values, as `dtype`; auto: what is quickest where that loses less than `quantize` does
     kv_bytes: Count | None = None  # memory for keys and values; None: `kv_share` of what is free once the layers are loaded
     kv_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
     policy: Policy = Policy()

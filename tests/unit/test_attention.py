@@ -52,7 +52,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize(("num", "total"), [(21, 21), (21, 40), (1, 64), (90, 150)])
 @pytest.mark.parametrize(
-    "form", [PLAIN, AttentionForm(window=7), AttentionForm(window=70), AttentionForm(softcap=2.0, window=30)], ids=str
+    "form",
+    [PLAIN, *(AttentionForm(window) for window in (7, 30, 70)), AttentionForm(softcap=2.0), AttentionForm(30, softcap=2.0)],
+    ids=str,
 )
 def test_every_way_gives_what_the_definition_gives(
     form: AttentionForm, num: int, total: int, groups: int, kept: torch.dtype

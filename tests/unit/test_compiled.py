@@ -164,7 +164,7 @@ def test_steps_that_float16_cannot_hold_are_not_there() -> None:
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
 @pytest.mark.parametrize("num_words", [1, 16, 37])
-@pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 96, 100])
 def test_panels_have_every_word_once_and_zeros_behind(num_rows: int, num_words: int, dtype: torch.dtype) -> None:
     words = torch.randint(-(2**15), 2**15, (num_rows, num_words + 3), dtype=dtype)[:, 1:-2]  # as between other things
     laid_out = lay_out(words, 32)

@@ -118,7 +118,12 @@ def test_weights_in_16_bits_stay_so_where_kernels_are_compiled(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("quantize", "kv_dtype", "expected"),
-    [("int8", "", torch.float16), ("int8", "float32", torch.float32), ("", "", torch.float32), ("", "float16", torch.float16)],
+    [
+        ("int8", "auto", torch.float16),
+        ("int8", "float32", torch.float32),
+        ("", "auto", torch.float32),
+        ("", "float16", torch.float16),
+    ],
 )
 def test_keys_and_values_are_in_half_precision_where_that_costs_little(
     quantize: str, kv_dtype: str, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

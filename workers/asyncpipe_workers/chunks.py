@@ -64,15 +64,13 @@ class CompiledAttention:
     NotImplementedError where no such kernel is, and ImportError where there is no compiler."""
 
     def __init__(self, *, shared: int, size: int, softcap: float | None, kept: torch.dtype = torch.float32) -> None:
-        from asyncpipe_workers.compiled.chunk_attention import NUMBERS, ChunkAttention, ChunkAttention16, scratch_bytes
+        from asyncpipe_workers.compiled.chunk_attention import ChunkAttention, ChunkAttention16, scratch_bytes
         from asyncpipe_workers.compiled.compiler import compiled
 
         kinds = {torch.float32: ChunkAttention, torch.float16: ChunkAttention16}
-        if kept not in kinds or size % NUMBERS:
-            raise NotImplementedError(f"no kernel for heads of {size} in {kept}")
+        if kept not in kinds:
+            raise NotImplementedError(f"no kernel for keys and values in {kept}")
         self._kernel = compiled(kinds[kept], shared, size, softcap)
-        if kept == torch.float16 and size % self._kernel.lanes:
-            raise NotImplementedError(f"no kernel for heads of {size} in {kept}")
         self._scratch_bytes = functools.partial(scratch_bytes, size, self._kernel.lanes)
 
     def __call__(self, q_THK: torch.Tensor, kv_GCK: KeysValues, window: int | None = None) -> torch.Tensor:

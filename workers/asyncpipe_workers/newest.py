@@ -46,8 +46,6 @@ class NewestAttention:
         if kept not in kinds:
             raise NotImplementedError(f"no kernel for keys and values in {kept}")
         self._kernel = compiled(kinds[kept], shared, size, softcap)
-        if size % self._kernel.lanes:
-            raise NotImplementedError(f"no kernel for heads of {size}")
         self._scratch_bytes = functools.partial(scratch_bytes, size=size, lanes=self._kernel.lanes)
 
     def __call__(self, qkv: QKV, cache: KeysValues, seen: Seen) -> torch.Tensor:

@@ -254,13 +254,13 @@ class _Loader:
     def _kv_dtype(self) -> torch.dtype:
         """float16 is for CPUs, where kernels read it as float32. Quantized weights cost more than it does, so that it is the
         default with them."""
-        wanted = DTYPES.get(self._plan.kv_dtype)
-        if self._plan.kv_dtype and wanted is None:
-            raise Invalid(f"kv_dtype {self._plan.kv_dtype}: use one of {', '.join(DTYPES)}")
         is_possible = self._device.type == "cpu" and self._dtype == torch.float32 and not self._policy.moves_cache
-        if wanted is None:
+        if self._plan.kv_dtype == "auto":
             is_best = is_possible and bool(self._plan.quantize) and self._reads_halves()
             return torch.float16 if is_best else self._dtype
+        if self._plan.kv_dtype not in DTYPES:
+            raise Invalid(f"kv_dtype {self._plan.kv_dtype}: use one of auto, {', '.join(DTYPES)}")
+        wanted = DTYPES[self._plan.kv_dtype]
         if wanted != self._dtype and not (wanted == torch.float16 and is_possible):
             raise Invalid(
                 f"--kv-dtype {self._plan.kv_dtype}: keys and values are in {self._plan.dtype}, as --dtype says, or in float16"

@@ -145,7 +145,7 @@ class WorkerPool:
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),
             num_threads=config.threads_of(worker.join.num_cores, num_neighbours=neighbours),
             kv_block_tokens=config.kv_block_tokens,
-            kv_dtype="" if config.kv_dtype == "auto" else config.kv_dtype,
+            kv_dtype=config.kv_dtype,
             kv_bytes=config.kv_bytes_of(stage),
             kv_share=KV_SHARE / neighbours,
             policy=config.policy_of(stage),

@@ -39,11 +39,14 @@ def scratch_bytes(longest: int, size: int, lanes: int, num_threads: int) -> int:
 
 
 class RowAttention(Kernel):
-    """For `shared` heads of `size` to each one of keys and values."""
+    """For `shared` heads of `size` to each one of keys and values. Raises NotImplementedError for a size that is no multiple of
+    `lanes`."""
 
     kept: ClassVar[ir.Type] = FLOAT32
 
     def __init__(self, lanes: int, shared: int, size: int, softcap: float | None = None) -> None:
+        if size % lanes:
+            raise NotImplementedError(f"no attention of newest tokens for heads of {size}")
         self._shared = shared
         self._size = size
         self._softcap = softcap
@@ -81,7 +84,7 @@ class RowAttention(Kernel):
     def _keep(self, token: ir.Value, to: ir.Value) -> None:
         b = self.b
         for n in range(0, self._size, self.lanes):
-            b.write_floats(b.read_floats(b.at(token, n, FLOAT32)), b.at(to, n, self.kept), self.kept)
+            b.write_floats(b.read(b.at(token, n, FLOAT32), b.floats), b.at(to, n, self.kept), self.kept)
 
     def _score(self, queries: Sequence[ir.Value], keys: ir.Value, seen: ir.Value, scores: Sequence[ir.Value]) -> None:
         b = self.b

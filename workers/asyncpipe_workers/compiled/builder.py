@@ -57,6 +57,12 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
     def over(self, n: Count, divisor: Count) -> ir.Value:
         return self.udiv(self.count(n), self.count(divisor))
 
+    def at_most(self, n: ir.Value, bound: Count) -> ir.Value:
+        return self.select(self.icmp_signed("<", n, self.count(bound)), n, self.count(bound))
+
+    def at_least(self, n: ir.Value, bound: Count) -> ir.Value:
+        return self.select(self.icmp_signed(">", n, self.count(bound)), n, self.count(bound))
+
     def at(self, address: ir.Value, offset: Count, of: ir.Type = BYTE) -> ir.Value:
         """The address of number `offset` of those from `address` on."""
         return self.gep(address, [self.count(offset)], source_etype=of)
@@ -72,12 +78,12 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         how = [ir.Constant(WORD, n) for n in (READ, TO_SECOND_CACHE, DATA)]
         self.outside("llvm.prefetch.p0", NOTHING, address, *how)
 
-    def read_floats(self, address: ir.Value, of: ir.Type = FLOAT32) -> ir.Value:
+    def read_floats(self, address: ir.Value, of: ir.Type) -> ir.Value:
         """As many numbers as there are lanes, of that type."""
         numbers = self.read(address, ir.VectorType(of, self.lanes))
         return numbers if of == FLOAT32 else self.fpext(numbers, self.floats)
 
-    def write_floats(self, numbers: ir.Value, address: ir.Value, of: ir.Type = FLOAT32) -> None:
+    def write_floats(self, numbers: ir.Value, address: ir.Value, of: ir.Type) -> None:
         """As numbers of that type, rounded."""
         self.write(numbers if of == FLOAT32 else self.fptrunc(numbers, ir.VectorType(of, self.lanes)), address)
 

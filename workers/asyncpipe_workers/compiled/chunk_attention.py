@@ -68,11 +68,14 @@ class _Block:
 
 
 class ChunkAttention(Kernel):
-    """For `shared` heads of `size`, a multiple of NUMBERS, to each one of keys and values."""
+    """For `shared` heads of `size` to each one of keys and values. Raises NotImplementedError for a size that is no multiple of
+    NUMBERS or, where keys and values are widened, of `lanes`."""
 
     kept: ClassVar[ir.Type] = FLOAT32
 
     def __init__(self, lanes: int, shared: int, size: int, softcap: float | None = None) -> None:
+        if size % (NUMBERS if self.kept == FLOAT32 else lanes):
+            raise NotImplementedError(f"no attention of chunks for heads of {size}")
         self._shared = shared
         self._size = size
         self._softcap = softcap
@@ -91,10 +94,10 @@ class ChunkAttention(Kernel):
             self._take_queries(tile)
             before = b.sub(total, queries)
             first_newest = b.plus(before, b.over(tile.first, self._shared))
-            begin = self._larger_count(b.sub(b.plus(first_newest, 1), window), 0)
+            begin = b.at_least(b.sub(b.plus(first_newest, 1), window), 0)
             end = b.plus(before, b.over(b.plus(tile.first, tile.num, -1), self._shared), 1)
             with b.loop(b.times(b.over(begin, BLOCK), BLOCK), end, BLOCK) as first:
-                num = self._smaller_count(b.sub(end, first), BLOCK)
+                num = b.at_most(b.sub(end, first), BLOCK)
                 self._score(tile, first, num)
                 factors = self._weigh(tile, first, num)
                 self._mix(tile, first, num, factors)
@@ -107,7 +110,7 @@ class ChunkAttention(Kernel):
         newest = 2 * turned + BLOCK * self._tile_rows
         offsets = (0, turned, 2 * turned, newest, newest + self._tile_rows)
         queries, sums, scores, newest_keys, block = (b.at(own, offset, FLOAT32) for offset in offsets)
-        num = self._smaller_count(b.sub(rows, first), self._tile_rows)
+        num = b.at_most(b.sub(rows, first), self._tile_rows)
         tops, totals = ([b.variable(b.all_lanes(b.floats, value)) for _ in self._vectors] for value in (LOWEST, 0.0))
         return _Tile(first, num, group, queries, sums, scores, newest_keys, block, tops, totals)
 
@@ -119,7 +122,7 @@ class ChunkAttention(Kernel):
         scale = ir.Constant(FLOAT32, 1 / math.sqrt(self._size))
         before = b.sub(self.arguments["total"], self.arguments["queries"])
         with b.loop(0, self._tile_rows) as i:
-            token, head = self._token_and_head(tile, self._smaller_count(i, b.plus(tile.num, -1)))
+            token, head = self._token_and_head(tile, b.at_most(i, b.plus(tile.num, -1)))
             b.write(b.trunc(b.plus(before, token), WORD), b.at(tile.newest, i, WORD))
             place = b.plus(b.times(token, self.arguments["q_row"]), b.times(head, self._size))
             query = b.at(self.arguments["q"], place, FLOAT32)
@@ -252,7 +255,7 @@ class ChunkAttention(Kernel):
         with b.loop(0, num) as token:
             source, target = b.at(own, b.times(token, token_numbers), self.kept), block.token(b, token)
             for n in range(0, self._size, self.lanes):
-                b.write_floats(b.read_floats(b.at(source, n, self.kept), self.kept), b.at(target, n, FLOAT32))
+                b.write(b.read_floats(b.at(source, n, self.kept), self.kept), b.at(target, n, FLOAT32))
         return block
 
     def _row(self, rows: ir.Value, n: Count) -> ir.Value:
@@ -266,15 +269,9 @@ class ChunkAttention(Kernel):
         for v, vector in enumerate(vectors):
             self.b.write(vector, self.b.at(row, v * self.lanes, FLOAT32))
 
-    def _smaller_count(self, a: ir.Value, b: Count) -> ir.Value:
-        return self.b.select(self.b.icmp_signed("<", a, self.b.count(b)), a, self.b.count(b))
-
-    def _larger_count(self, a: ir.Value, b: Count) -> ir.Value:
-        return self.b.select(self.b.icmp_signed(">", a, self.b.count(b)), a, self.b.count(b))
-
 
 class ChunkAttention16(ChunkAttention):
-    """Over keys and values in float16. Heads' sizes are multiples of `lanes`."""
+    """Over keys and values in float16."""
 
     features = HALF_FEATURES
     kept = FLOAT16

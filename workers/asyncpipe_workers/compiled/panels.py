@@ -29,8 +29,7 @@ class LayOutPanels(Kernel):
         with self.shared(b.over(b.plus(outputs, size - 1), size)) as which:
             panel = b.at(panels, b.times(which, row_words, size), self._word)
             first = b.times(which, size)
-            left = b.sub(outputs, first)
-            num = b.select(b.icmp_signed("<", left, b.count(size)), left, b.count(size))
+            num = b.at_most(b.sub(outputs, first), size)
             whole_outputs = b.times(b.over(num, lanes), lanes)
             with b.loop(0, whole_words, lanes) as word, b.loop(0, whole_outputs, lanes) as output:
                 self._turn(panel, first, word, output)

@@ -313,9 +313,8 @@ class Int4Product(_IntegerProduct):
 
     def group_scales(self, panel: Panel, group: ir.Value, vector: int) -> Sequence[ir.Value]:
         b = self.b
-        halves = ir.VectorType(FLOAT16, self.lanes)
         steps = b.at(panel.scales, b.plus(b.times(group, 2 * self.panel_size), vector * self.lanes), FLOAT16)
-        return [b.fpext(b.read(place, halves), b.floats) for place in (steps, b.at(steps, self.panel_size, FLOAT16))]
+        return [b.read_floats(place, FLOAT16) for place in (steps, b.at(steps, self.panel_size, FLOAT16))]
 
     def scaled(self, total: ir.Value, sums: ir.Value, row: ir.Value, group: ir.Value, scales: Sequence[ir.Value]) -> ir.Value:
         b, (step, minimum) = self.b, scales
