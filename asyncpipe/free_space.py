@@ -11,19 +11,27 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def free_memory_bytes() -> int | None:
-    """Of this machine, or of this control group where that has less; None where the system does not say."""
+    """Of this machine, or of this control group where that has less; None where the system does not say.
+
+    Files that programs have mapped are not free, though the kernel could do without: they are a model's weights.
+    """
     try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+        fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+        available = _num_bytes(fields["MemAvailable"]) - _num_bytes(fields.get("Mapped", "0 kB"))
+    except (OSError, KeyError):
         return None
-    return min(available, _cgroup_room(available))
+    return min(max(available, 0), _cgroup_room(available))
 
 
 def free_disk_bytes(directory: Path) -> int:
     """Of the file system that `directory` is on, or will be when it is made."""
     whole = directory.absolute()
     return shutil.disk_usage(next(parent for parent in (whole, *whole.parents) if parent.exists())).free
+
+
+def _num_bytes(text: str) -> int:
+    """Of "12 kB"."""
+    return int(text.split()[0]) * 1024
 
 
 def _cgroup_room(otherwise: int) -> int:

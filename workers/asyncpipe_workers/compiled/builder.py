@@ -74,6 +74,12 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
     def write(self, value: ir.Value, address: ir.Value) -> None:
         self.store(value, address, align=1)
 
+    def room(self, num: int, of: ir.Type) -> ir.Value:
+        """The address of room for so many numbers, each thread's own."""
+        with self.goto_entry_block():
+            place = self.ptrtoint(self.alloca(of, num), COUNT)  # llvmlite would go on to know what it points to
+            return self.inttoptr(place, ADDRESS)
+
     def prefetch(self, address: ir.Value) -> None:
         how = [ir.Constant(WORD, n) for n in (READ, TO_SECOND_CACHE, DATA)]
         self.outside("llvm.prefetch.p0", NOTHING, address, *how)
@@ -105,7 +111,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
 
     def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """a * b + c, rounded once."""
-        return self.outside(f"llvm.fma.v{self.lanes}f32", self.floats, a, b, c)
+        return self.outside(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
     def magnitudes(self, x: ir.Value) -> ir.Value:
         return self.outside(f"llvm.fabs.v{self.lanes}f32", self.floats, x)

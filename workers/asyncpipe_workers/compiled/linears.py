@@ -1,4 +1,4 @@
-"""y = x W^T + b with weights laid out for compiled products.
+"""y = x W^T + b by compiled products.
 
 Shapes: R rows, I inputs, O outputs, C outputs of a panel, P panels, W words of a row, B bytes of a packed row, G groups.
 """
@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
+from asyncpipe_workers.compiled.int4_product import UNROLLED, WORD_INPUTS, Int4Product, panel_size
 from asyncpipe_workers.compiled.panels import LayOutPanels
+from asyncpipe_workers.compiled.product import scratch_bytes
 from asyncpipe_workers.compiled.products import (
-    UNROLLED,
+    FEWEST_LANES,
     BFloat16Product,
     Float16Product,
     FloatProduct,
-    Int4Product,
     Int8Product,
-    panel_size,
-    scratch_bytes,
 )
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.tape import new_tensor
@@ -30,56 +29,58 @@ class CompiledLinear:
     """(..., I) to (..., O), whose rows may lie apart."""
 
     def __init__(
-        self, product: CompiledKernel, words_OW: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, num_groups: int
+        self, product: CompiledKernel, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, *, row_bytes: int
     ) -> None:
-        """`words_OW` are int16 or int32; `scales` are laid out already. `num_groups` of a row are quantized each by itself."""
+        """`weight`, `scales` and `bias` (float32) are as the product takes them, and kept."""
         self._product = product
-        self._out_size = len(words_OW)
-        self._weight_PWC = lay_out(words_OW, panel_size(product.lanes))
+        self._weight = weight
         self._scales = scales
-        self._bias = _padded(torch.zeros(self._out_size) if bias is None else bias.float(), panel_size(product.lanes))
-        self._padded_size = len(self._bias)
-        self._num_groups = num_groups
-        self.num_bytes = words_OW.nbytes + scales.nbytes
+        self._bias = bias
+        self._row_bytes = row_bytes
+        self._out_size = self._product_size = len(bias)
+        self._num_groups = 0  # of a row that are quantized each by itself
+        self.num_bytes = weight.nbytes + scales.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 2 or x.dtype != torch.float32:  # a look costs less than calls that change nothing
             return self(x.reshape(-1, x.shape[-1]).float()).reshape(*x.shape[:-1], self._out_size).to(x.dtype)
         num_rows, in_size = x.shape
-        y_RO = new_tensor(num_rows, self._padded_size)
+        y_RO = new_tensor(num_rows, self._product_size)
         scratch = new_tensor(scratch_bytes(num_rows, in_size, self._num_groups), dtype=torch.uint8)
-        tensors = (x.contiguous(), y_RO, self._weight_PWC, self._scales, self._bias, scratch)
-        self._product(tensors, (num_rows, in_size, self._padded_size))
-        return y_RO if self._padded_size == self._out_size else y_RO[:, : self._out_size]
+        tensors = (x.contiguous(), y_RO, self._weight, self._scales, self._bias, scratch)
+        self._product(tensors, (num_rows, in_size, self._product_size, self._row_bytes))
+        return y_RO if self._product_size == self._out_size else y_RO[:, : self._out_size]
 
 
 class CompiledFloatLinear(CompiledLinear):
-    """`weight` (O, I) is kept in the type that it has; sums are of float32. Raises NotImplementedError where there is no such
-    product."""
+    """`weight` (O, I) is kept as it is, in the type that it has; sums are of float32. Raises NotImplementedError where there
+    is no such product."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        if weight.dtype not in FLOAT_PRODUCTS or weight.shape[1] % UNROLLED:
+        if weight.dtype not in FLOAT_PRODUCTS or weight.shape[1] % (FEWEST_LANES * FloatProduct.lane_inputs):
             raise NotImplementedError(f"no compiled product for {weight.dtype} and {weight.shape[1]} inputs")
-        words_OW = weight.contiguous().view(torch.int16 if weight.itemsize == 2 else torch.int32)
-        super().__init__(compiled(FLOAT_PRODUCTS[weight.dtype]), words_OW, torch.empty(0), bias, num_groups=0)
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        row_bytes = weight.stride(0) * weight.itemsize
+        product = compiled(FLOAT_PRODUCTS[weight.dtype])
+        super().__init__(product, weight, torch.empty(0), _bias(bias, len(weight)), row_bytes=row_bytes)
 
 
 class CompiledInt8Linear(CompiledLinear):
-    """`packed` (O, B) is of a `RowCodec`. Raises NotImplementedError where there is no such product."""
+    """`packed` (O, B) is of a `RowCodec`, and kept as it is. Raises NotImplementedError where there is no such product."""
 
     def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
-        if in_size % (UNROLLED * Int8Product.word_inputs):
+        if in_size % (FEWEST_LANES * Int8Product.lane_inputs):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
-        product = compiled(Int8Product)
-        codes_OI, scales_O = RowCodec().codes(packed, in_size)
-        super().__init__(product, codes_OI.view(torch.int32), _padded(scales_O, panel_size(product.lanes)), bias, num_groups=1)
+        scales_O = RowCodec().codes(packed, in_size).scales_R.contiguous()
+        super().__init__(compiled(Int8Product), packed, scales_O, _bias(bias, len(packed)), row_bytes=packed.stride(0))
+        self._num_groups = 1
 
 
 class CompiledInt4Linear(CompiledLinear):
     """`packed` (O, B) is of `codec`. Raises NotImplementedError where there is no such product."""
 
     def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
-        if codec.group_size % (UNROLLED * Int4Product.word_inputs) or in_size % codec.group_size:
+        if codec.group_size % (UNROLLED * WORD_INPUTS) or in_size % codec.group_size:
             raise NotImplementedError(f"no compiled product for {in_size} inputs in groups of {codec.group_size}")
         product = compiled(Int4Product, codec.group_size)
         steps_minima_OG2 = codec.scales_minima(packed, in_size).float()
@@ -87,20 +88,27 @@ class CompiledInt4Linear(CompiledLinear):
         halves_OG2 = steps_minima_OG2.half()
         if not halves_OG2.isfinite().all():
             raise NotImplementedError("no compiled product for steps that float16 cannot hold")
-        words_OW = codec.code_pairs(packed, in_size).view(torch.int32)
-        panels_PCG2 = _padded(halves_OG2, panel_size(product.lanes)).view(-1, panel_size(product.lanes), *halves_OG2.shape[1:])
+        num_outputs = panel_size(product.lanes)
+        weight_PWC = lay_out(codec.code_pairs(packed, in_size), num_outputs)
+        panels_PCG2 = _padded(halves_OG2, num_outputs).view(-1, num_outputs, *halves_OG2.shape[1:])
         scales_PG2C = panels_PCG2.permute(0, 2, 3, 1).contiguous()
-        super().__init__(product, words_OW, scales_PG2C, bias, num_groups=in_size // codec.group_size)
+        super().__init__(product, weight_PWC, scales_PG2C, _padded(_bias(bias, len(packed)), num_outputs), row_bytes=0)
+        self._out_size = len(packed)
+        self._num_groups = in_size // codec.group_size
 
 
-def lay_out(words_OW: torch.Tensor, num_outputs: int) -> torch.Tensor:
-    """(P, W, C), in panels of `num_outputs`, the last one filled with zeros. One thread is left for reading what comes next."""
-    out_size, num_words = words_OW.shape
-    panels_PWC = torch.empty(-(-out_size // num_outputs), num_words, num_outputs, dtype=words_OW.dtype)
-    kernel = compiled(LayOutPanels, num_outputs, 8 * words_OW.itemsize)
-    counts = (out_size, num_words, words_OW.stride(0))
-    kernel((words_OW, panels_PWC), counts, num_threads=max(torch.get_num_threads() - 1, 1))
+def lay_out(codes_OB: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """Bytes whose rows may lie apart to words (P, W, C), in panels of `num_outputs`, the last one filled with zeros. One
+    thread is left for reading what comes next."""
+    (out_size, row_bytes), word = codes_OB.shape, torch.int32
+    panels_PWC = torch.empty(-(-out_size // num_outputs), row_bytes // word.itemsize, num_outputs, dtype=word)
+    counts = (out_size, row_bytes // word.itemsize, codes_OB.stride(0))
+    compiled(LayOutPanels, num_outputs)((codes_OB, panels_PWC), counts, num_threads=max(torch.get_num_threads() - 1, 1))
     return panels_PWC
+
+
+def _bias(bias: torch.Tensor | None, out_size: int) -> torch.Tensor:
+    return torch.zeros(out_size) if bias is None else bias.float()
 
 
 def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:

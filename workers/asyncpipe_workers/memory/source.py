@@ -12,6 +12,7 @@ from asyncpipe.policy import is_compressible
 from asyncpipe.tensor_names import quantized_suffix
 from asyncpipe_workers.checkpoint import Checkpoint, FileRange
 from asyncpipe_workers.memory.disk import BLOCK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
+from asyncpipe_workers.memory.mapped import MappedRanges
 from asyncpipe_workers.memory.quantization import Codec, make_codec
 from asyncpipe_workers.memory.read_ahead import ReadAhead
 from asyncpipe_workers.memory.stored_form import StoredForm
@@ -87,6 +88,7 @@ class CheckpointSource:
         quantization = checkpoint.quantization
         self._packed_codec = make_codec(quantization) if quantization else None
         self._suffix = quantized_suffix(quantization.num_bits) if quantization else ""
+        self._mapped = MappedRanges()
         self._ahead = ReadAhead(self._read_rows)
 
     def form(self, name: str, shape: tuple[int, ...], codec: Codec | None = None) -> StoredForm:
@@ -112,7 +114,9 @@ class CheckpointSource:
         yield from _chunks_of(self._checkpoint.read(form.name, form.shape), form, first, last)
 
     def expect(self, forms: Iterable[StoredForm]) -> None:
-        self._ahead.expect(form for form in forms if form.place is not None)
+        placed = [form for form in forms if form.place is not None]
+        self._mapped.expect(form.place for form in placed if form.place is not None)
+        self._ahead.expect(placed)
 
     def close(self) -> None:
         self._ahead.close()
@@ -136,12 +140,11 @@ class CheckpointSource:
         return self._read_rows(form) if rows is None else rows
 
     def _read_rows(self, form: StoredForm) -> torch.Tensor:
-        rows = torch.empty(form.num_rows, form.row_bytes, dtype=torch.uint8)
         if form.place is not None and not self._files.direct:
-            self._files[form.place.path].read(form.place.offset, rows.numpy().reshape(-1).data)
-        else:
-            for chunk, target in _chunks_into(rows, self, form):
-                target.copy_(chunk)
+            return self._mapped.read(form.place).view(form.num_rows, form.row_bytes)
+        rows = torch.empty(form.num_rows, form.row_bytes, dtype=torch.uint8)
+        for chunk, target in _chunks_into(rows, self, form):
+            target.copy_(chunk)
         return rows
 
     def _plain_form(self, name: str, shape: tuple[int, ...]) -> StoredForm:

@@ -1,0 +1,105 @@
+"""What products y = x W^T + b have in common: their arguments, and rows of inputs in eight bits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeAlias
+
+from llvmlite import ir
+
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, WORD, Builder, Count
+from asyncpipe_workers.compiled.kernel import Kernel
+
+ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
+COUNTS = ("rows", "inputs", "outputs", "row_bytes")
+"""x (rows, inputs), y (rows, outputs) and bias are float32; row_bytes are from a row of the weight to the next."""
+
+ASKED_BYTES = 2048  # ahead: the second cache can wait for more of memory at once than the first
+
+SHARED_OUTPUTS = 64  # that a thread takes at once
+
+KeepCodes: TypeAlias = Callable[[ir.Value, ir.Value, ir.Value], None]
+"""Of a vector of codes, the number of their group among those of all rows, and which of the group's codes they begin with."""
+
+MAX_CODE = 127.0
+TINY = 1e-30  # instead of the largest magnitude of zeros
+
+
+def scratch_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
+    """For rows in eight bits: codes, and two words for each group."""
+    return num_rows * (num_inputs + 8 * num_groups) if num_groups else 0
+
+
+class Product(Kernel):
+    def __init__(self, lanes: int) -> None:
+        super().__init__(lanes, ADDRESSES, COUNTS)
+
+    def build(self) -> None:
+        self.x, self.y, self.weight, self.scales, self.bias, self.scratch = (self.arguments[name] for name in ADDRESSES)
+        self.rows, self.inputs, self.outputs, self.row_bytes = (self.arguments[name] for name in COUNTS)
+        self.multiply()
+
+    @abstractmethod
+    def multiply(self) -> None: ...
+
+
+class RowCodes:
+    """Rows quantized as they come, each group of inputs by its own largest magnitude. In scratch are the codes (rows, inputs),
+    then for each group of each row what its codes' unit is worth (float32), then the sum of its codes (int32)."""
+
+    def __init__(self, kernel: Product, group_inputs: Count) -> None:
+        self.b: Builder = kernel.b
+        self.group_inputs = self.b.count(group_inputs)
+        self.groups = self.b.over(kernel.inputs, self.group_inputs)  # of a row
+        self._x = kernel.x
+        self._codes = kernel.scratch
+        self._inputs = kernel.inputs
+        self._all_groups = self.b.times(kernel.rows, self.groups)
+        self._units = self.b.at(self._codes, self.b.times(kernel.rows, kernel.inputs))
+        self._sums = self.b.at(self._units, self._all_groups, FLOAT32)
+
+    def write(self, share: Callable[[ir.Value], AbstractContextManager[ir.Value]], keep: KeepCodes | None = None) -> None:
+        """All of them, each thread its `share`. `keep` writes a vector of codes elsewhere than they come in a row."""
+        with share(self._all_groups) as group:
+            self._quantize(group, keep or self.keep)
+
+    def keep(self, codes: ir.Value, group: ir.Value, first: ir.Value) -> None:
+        """Codes of a group, from its number `first` on."""
+        self.b.write(codes, self.b.at(self._codes, self.b.plus(self.b.times(group, self.group_inputs), first)))
+
+    def codes(self, row: ir.Value) -> ir.Value:
+        """Their address."""
+        return self.b.at(self._codes, self.b.times(row, self._inputs))
+
+    def unit(self, row: ir.Value, group: Count = 0) -> ir.Value:
+        """Its address; those of a row's groups follow."""
+        return self.b.at(self._units, self._number(row, group), FLOAT32)
+
+    def code_sum(self, row: ir.Value, group: Count = 0) -> ir.Value:
+        """Its address, likewise."""
+        return self.b.at(self._sums, self._number(row, group), WORD)
+
+    def _number(self, row: ir.Value, group: Count) -> ir.Value:
+        return self.b.plus(self.b.times(row, self.groups), group)
+
+    def _quantize(self, group: ir.Value, keep: KeepCodes) -> None:
+        """Number `group` of all groups of all rows."""
+        b = self.b
+        numbers = b.at(self._x, b.times(group, self.group_inputs), FLOAT32)
+        largest = b.variable(b.all_lanes(b.floats, 0.0))
+        with b.loop(0, self.group_inputs, b.lanes) as n:
+            magnitudes = b.magnitudes(b.read(b.at(numbers, n, FLOAT32), b.floats))
+            largest.set(b.larger(largest.get(), magnitudes))
+        limit = b.largest(largest.get())
+        tiny = ir.Constant(FLOAT32, TINY)
+        limit = b.select(b.fcmp_ordered("<", limit, tiny), tiny, limit)  # a NaN stays
+        b.write(b.fdiv(limit, ir.Constant(FLOAT32, MAX_CODE)), b.at(self._units, group, FLOAT32))
+        factor = b.spread(b.fdiv(ir.Constant(FLOAT32, MAX_CODE), limit))
+        code_sum = b.variable(b.all_lanes(b.words, 0))
+        with b.loop(0, self.group_inputs, b.lanes) as n:
+            found = b.nearest(b.fmul(b.read(b.at(numbers, n, FLOAT32), b.floats), factor))
+            code_sum.set(b.add(code_sum.get(), found))
+            keep(b.trunc(found, ir.VectorType(BYTE, b.lanes)), group, n)
+        b.write(b.sum(code_sum.get()), b.at(self._sums, group, WORD))
