@@ -17,10 +17,10 @@ def free_memory_bytes() -> int | None:
     """
     try:
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
-        available = _num_bytes(fields["MemAvailable"]) - _num_bytes(fields.get("Mapped", "0 kB"))
+        available = max(_num_bytes(fields["MemAvailable"]) - _num_bytes(fields.get("Mapped", "0 kB")), 0)
     except (OSError, KeyError):
         return None
-    return min(max(available, 0), _cgroup_room(available))
+    return min(available, _cgroup_room(available))
 
 
 def free_disk_bytes(directory: Path) -> int:

@@ -71,10 +71,11 @@ class _Run:
 def _mapped(path: Path, start: int, end: int) -> torch.Tensor:
     """As long as a tensor has it."""
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
     with path.open("rb") as file:
-        memory = mmap.mmap(
-            file.fileno(), max(end - first, 1), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=first
-        )
+        if os.fstat(file.fileno()).st_size < end:
+            raise OSError(f"{path} is cut short")
+        memory = mmap.mmap(file.fileno(), max(end - first, 1), flags=mmap.MAP_PRIVATE, prot=protection, offset=first)
     return torch.frombuffer(memory, dtype=torch.uint8)[start - first :]
 
 
@@ -84,7 +85,8 @@ def _bring_in(memory: torch.Tensor) -> None:
     if _madvise()(start, memory.data_ptr() + len(memory) - start, MADV_POPULATE_READ) == 0:
         return
     error = ctypes.get_errno()
-    if error in (errno.EINVAL, errno.ENOSYS):  # an older kernel: pages are read when they are touched
+    if error == errno.EINVAL:  # an older kernel
+        memory[:: mmap.PAGESIZE].sum()
         return
     raise OSError(error, "reading it failed" if error == errno.EFAULT else os.strerror(error))
 
