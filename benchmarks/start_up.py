@@ -4,7 +4,7 @@
     python benchmarks/start_up.py --quick --json
 
 A random OPT (1.3b's shape, quick: 125m's) is converted as a first start converts it. `read` is to read the files and forget
-them, `map` to map them and have them brought in. `ratio` is the median time to load over the smaller of these two; the page cache
+them, `map` to map them and have them brought in. `ratio` is the median time to load over the smaller of these; the page cache
 is told to drop the files before each. `ratio_first` is that of quantizing at the start; `load_again` is with the files still in
 the page cache.
 """
@@ -60,7 +60,12 @@ def measure(whole: Path, quantized: Path, quantize: str, *, rounds: int) -> dict
     num_bytes = sum(path.stat().st_size for path in _files(quantized))
     load(quantized, quantize)  # kernels are chosen, once on this machine
     for _ in tqdm(range(rounds), desc="start-up", disable=None, leave=False):
-        actions = (("read", quantized, read), ("map", quantized, map_files), ("load", quantized, load), ("load_first", whole, load))
+        actions = (
+            ("read", quantized, read),
+            ("map", quantized, map_files),
+            ("load", quantized, load),
+            ("load_first", whole, load),
+        )
         for name, directory, action in actions:
             drop(directory)
             times[name].append(action(directory, quantize))

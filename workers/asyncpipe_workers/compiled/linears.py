@@ -19,7 +19,7 @@ from asyncpipe_workers.compiled.products import (
     FloatProduct,
     Int8Product,
 )
-from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
+from asyncpipe_workers.memory.quantization import MAX_FLOAT16, GroupCodec, RowCodec
 from asyncpipe_workers.tape import new_tensor
 
 FLOAT_PRODUCTS = {torch.float32: FloatProduct, torch.float16: Float16Product, torch.bfloat16: BFloat16Product}
@@ -85,9 +85,10 @@ class CompiledInt4Linear(CompiledLinear):
         product = compiled(Int4Product, codec.group_size)
         steps_minima_OG2 = codec.scales_minima(packed, in_size).float()
         steps_minima_OG2[..., 0].reciprocal_()
-        halves_OG2 = steps_minima_OG2.half()
-        if not halves_OG2.isfinite().all():
+        lowest, largest = steps_minima_OG2.aminmax()
+        if not -MAX_FLOAT16 <= lowest <= largest <= MAX_FLOAT16:
             raise NotImplementedError("no compiled product for steps that float16 cannot hold")
+        halves_OG2 = steps_minima_OG2.half()
         num_outputs = panel_size(product.lanes)
         weight_PWC = lay_out(codec.code_pairs(packed, in_size), num_outputs)
         panels_PCG2 = _padded(halves_OG2, num_outputs).view(-1, num_outputs, *halves_OG2.shape[1:])
@@ -98,12 +99,11 @@ class CompiledInt4Linear(CompiledLinear):
 
 
 def lay_out(codes_OB: torch.Tensor, num_outputs: int) -> torch.Tensor:
-    """Bytes whose rows may lie apart to words (P, W, C), in panels of `num_outputs`, the last one filled with zeros. One
-    thread is left for reading what comes next."""
+    """Bytes whose rows may lie apart to words (P, W, C), in panels of `num_outputs`, the last one filled with zeros."""
     (out_size, row_bytes), word = codes_OB.shape, torch.int32
     panels_PWC = torch.empty(-(-out_size // num_outputs), row_bytes // word.itemsize, num_outputs, dtype=word)
     counts = (out_size, row_bytes // word.itemsize, codes_OB.stride(0))
-    compiled(LayOutPanels, num_outputs)((codes_OB, panels_PWC), counts, num_threads=max(torch.get_num_threads() - 1, 1))
+    compiled(LayOutPanels, num_outputs)((codes_OB, panels_PWC), counts)
     return panels_PWC
 
 

@@ -20,6 +20,7 @@ class ReadAhead:
         self._read = read
         self._left: deque[StoredForm] = deque()
         self._begun: dict[StoredForm, Future[torch.Tensor]] = {}
+        self._begun_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def expect(self, forms: Iterable[StoredForm]) -> None:
@@ -31,6 +32,7 @@ class ReadAhead:
         reading = self._begun.pop(form, None)
         if reading is None:
             return None
+        self._begun_bytes -= form.num_bytes
         try:
             return reading.result()
         finally:
@@ -40,11 +42,11 @@ class ReadAhead:
         """What is being read is read to its end. May be called again."""
         self._left.clear()
         self._begun.clear()
+        self._begun_bytes = 0
         self._thread.shutdown(cancel_futures=True)
 
     def _begin(self) -> None:
-        num_bytes = sum(form.num_bytes for form in self._begun)
-        while self._left and (not self._begun or num_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
+        while self._left and (not self._begun or self._begun_bytes + self._left[0].num_bytes <= AHEAD_BYTES):
             form = self._left.popleft()
             self._begun[form] = self._thread.submit(self._read, form)
-            num_bytes += form.num_bytes
+            self._begun_bytes += form.num_bytes
