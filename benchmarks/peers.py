@@ -53,6 +53,7 @@ from asyncpipe_coordinator.bench_plot import check_plot
 MAX_BATCH = 128
 QUICK_BATCHES = (1, 32)
 SLOW_S = 120.0
+QUICK_SLOW_S = 8.0
 
 Item = TypeVar("Item")
 
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
     models: list[Model]
     cases: list[Case]
     batches: list[Workload]  # may be empty
+    has_prefill: bool  # the time to the first token of one long prompt too
     rounds: int
     repeat_under_s: float  # what takes longer is run only once
 
@@ -72,7 +74,7 @@ class Plan(NamedTuple):
         """Of a round. Where all engines fit into memory, those that are compared come right after each other."""
         by_workload = [
             (case, workload)
-            for workload in (*self.batches, PREFILL)
+            for workload in (*self.batches, *([PREFILL] if self.has_prefill else []))
             for case in self.cases
             if workload != PREFILL or case.name in PREFILL_CASES
         ]
@@ -140,13 +142,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stored", choices=DTYPE_BYTES, help="what weights are stored in (default: as they are published)")
     parser.add_argument("--rounds", type=int, help="default: 3; quick: 2")
     parser.add_argument("--prefill", action="store_true", help="only the time to the first token of one long prompt")
-    parser.add_argument("--quick", action="store_true", help="fewer of everything: under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer of everything, and no long prompt: under 3 minutes")
     parser.add_argument(
         "--repeat-under",
         type=float,
-        default=SLOW_S,
         metavar="S",
-        help=f"an engine at a batch that takes longer is run once (default: {SLOW_S:g})",
+        help=f"an engine at a batch that takes longer is run once (default: {SLOW_S:g}; quick: {QUICK_SLOW_S:g})",
     )
     parser.add_argument("--folder", type=Path, help="where models are made, up to 13 GB at once (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
@@ -172,8 +173,9 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         models=models,
         cases=_chosen("--only", arguments.only, CASES, default=default),
         batches=[] if arguments.prefill else [batch_workload(batch) for batch in batches],
+        has_prefill=arguments.prefill or not quick,
         rounds=rounds,
-        repeat_under_s=arguments.repeat_under,
+        repeat_under_s=(QUICK_SLOW_S if quick else SLOW_S) if arguments.repeat_under is None else arguments.repeat_under,
     )
 
 
