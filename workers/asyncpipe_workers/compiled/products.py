@@ -1,10 +1,10 @@
 """The instructions of y = x W^T + b, for weights in float32, in 16 bits (multiplied as float32) and in eight.
 
 A weight is read as it lies in a checkpoint, an output's row after the other: in each row as many inputs at a time as a vector
-holds, so that a sum is a vector too until its row ends, and its lanes are added up then. Four rows of x (with
-narrow vectors two) are multiplied with four rows of the weight at a time, whose sums stay in registers, and then some more rows
-of x with these four, before the next are read from memory. For one row of x, or two, the weight is read from end to end.
-Each sum is added up in one order, however many rows there are: a row's result does not depend on what else is in the batch.
+holds, so that a sum is a vector too until its row ends, and its lanes are added up then. Four rows of x (with narrow vectors
+two) are multiplied with four of the weight at a time, whose sums stay in registers, and then some more rows of x with the same
+four, before the next are read from memory. For one or two rows of x the weight is read from end to end. Each sum is added up in
+one order, however many rows there are: a row's result does not depend on what else is in the batch.
 
 With weights in eight bits rows are quantized too, each by its own largest magnitude, and products are sums of integers. A NaN
 makes its row's results NaN.
