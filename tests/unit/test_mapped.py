@@ -102,6 +102,14 @@ def test_an_old_kernel_reads_page_by_page(file: Path, monkeypatch: pytest.Monkey
     assert MappedRanges().read(part(file, 7, SIZE)).numpy().tobytes() == file.read_bytes()[7:]
 
 
+def test_what_cannot_be_mapped_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mapped.mmap, "mmap", refuse)
+    assert MappedRanges().read(part(file, 4099, SIZE - 1)).numpy().tobytes() == file.read_bytes()[4099 : SIZE - 1]
+
+
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("quantize", [False, True])
 def test_weights_are_multiplied_where_the_file_is_mapped(quantize: bool, tmp_path: Path) -> None:

@@ -69,13 +69,21 @@ class _Run:
 
 
 def _mapped(path: Path, start: int, end: int) -> torch.Tensor:
-    """As long as a tensor has it."""
+    """As long as a tensor has it. Where a file system maps no files, it is a copy."""
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     protection = mmap.PROT_READ | mmap.PROT_WRITE
+    memory: mmap.mmap | bytearray
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < end:
             raise OSError(f"{path} is cut short")
-        memory = mmap.mmap(file.fileno(), max(end - first, 1), flags=mmap.MAP_PRIVATE, prot=protection, offset=first)
+        try:
+            memory = mmap.mmap(file.fileno(), max(end - first, 1), flags=mmap.MAP_PRIVATE, prot=protection, offset=first)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            memory = bytearray(max(end - first, 1))
+            file.seek(first)
+            file.readinto(memory)
     return torch.frombuffer(memory, dtype=torch.uint8)[start - first :]
 
 
