@@ -57,6 +57,10 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
     def over(self, n: Count, divisor: Count) -> ir.Value:
         return self.udiv(self.count(n), self.count(divisor))
 
+    def whole(self, n: Count, multiple: Count) -> ir.Value:
+        """The largest multiple that is no more than `n`."""
+        return self.times(self.over(n, multiple), multiple)
+
     def at_most(self, n: ir.Value, bound: Count) -> ir.Value:
         return self.select(self.icmp_signed("<", n, self.count(bound)), n, self.count(bound))
 
@@ -106,8 +110,11 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
 
     def ordered(self, vector: ir.Value, order: Sequence[int]) -> ir.Value:
         """Lane i is the vector's lane `order[i]`."""
-        indices = ir.Constant(ir.VectorType(WORD, len(order)), list(order))
-        return self.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
+        return self.picked(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+    def picked(self, a: ir.Value, b: ir.Value, order: Sequence[int]) -> ir.Value:
+        """As `ordered`, of the lanes of both; those of `b` come after those of `a`."""
+        return self.shuffle_vector(a, b, ir.Constant(ir.VectorType(WORD, len(order)), list(order)))
 
     def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """a * b + c, rounded once."""

@@ -96,7 +96,7 @@ class ChunkAttention(Kernel):
             first_newest = b.plus(before, b.over(tile.first, self._shared))
             begin = b.at_least(b.sub(b.plus(first_newest, 1), window), 0)
             end = b.plus(before, b.over(b.plus(tile.first, tile.num, -1), self._shared), 1)
-            with b.loop(b.times(b.over(begin, BLOCK), BLOCK), end, BLOCK) as first:
+            with b.loop(b.whole(begin, BLOCK), end, BLOCK) as first:
                 num = b.at_most(b.sub(end, first), BLOCK)
                 self._score(tile, first, num)
                 factors = self._weigh(tile, first, num)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, HALF_WORD, NOTHING, WORD, Count
+from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, HALF_WORD, WORD, Count
 from asyncpipe_workers.compiled.kernel import BYTE_FEATURES
 from asyncpipe_workers.compiled.product import ASKED_BYTES, Product, RowCodes
 
@@ -54,8 +54,7 @@ class Int4Product(Product):
     def multiply(self) -> None:
         b = self.b
         self._rows = RowCodes(self, self._group_size)
-        self._rows.write(self.own_share, self._keep)
-        b.outside("GOMP_barrier", NOTHING)
+        self._rows.write(self._keep)
         words = b.over(self.inputs, WORD_INPUTS)
         with self.shared(b.over(self.outputs, self._panel_size)) as n:
             first_output = b.times(n, self._panel_size)
@@ -86,7 +85,7 @@ class Int4Product(Product):
                     total = totals[row, vector]
                     total.set(self._scaled(total.get(), sums[row, vector], row, group, scales))
         for (row, vector), total in totals.items():
-            b.write(total.get(), b.at(self.y, b.plus(b.times(row, self.outputs), columns[vector]), FLOAT32))
+            b.write(total.get(), self.result(row, columns[vector]))
 
     def _sums(self, panel: _Panel, rows: Sequence[ir.Value], group: ir.Value) -> dict[tuple[ir.Value, int], ir.Value]:
         """Of one group, for each row and vector of outputs."""

@@ -71,7 +71,7 @@ class CompiledInt8Linear(CompiledLinear):
     def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
         if in_size % (FEWEST_LANES * Int8Product.lane_inputs):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
-        scales_O = RowCodec().codes(packed, in_size).scales_R.contiguous()
+        scales_O = RowCodec().codes(packed, in_size).scales_R
         super().__init__(compiled(Int8Product), packed, scales_O, _bias(bias, len(packed)), row_bytes=packed.stride(0))
         self._num_groups = 1
 

@@ -29,7 +29,7 @@ class ManyRows:
         self._rows = rows
         self._vectors = range(kernel.lanes // 4)
         self._group_rows = len(self._vectors) * kernel.lanes
-        self.num_rows = self.b.times(self.b.over(kernel.rows, self._group_rows), self._group_rows)
+        self.num_rows = self.b.whole(kernel.rows, self._group_rows)
         self._corrections = self.b.room(SHARED_OUTPUTS, WORD)
         self._results = self.b.room(self._group_rows * kernel.lanes, FLOAT32)
 
@@ -50,7 +50,7 @@ class ManyRows:
     def multiply(self, first: ir.Value, last: ir.Value) -> None:
         """With outputs from `first` to `last`, SHARED_OUTPUTS at most."""
         b = self.b
-        whole_end = b.plus(first, b.times(b.over(b.sub(last, first), b.lanes), b.lanes))
+        whole_end = b.plus(first, b.whole(b.sub(last, first), b.lanes))
         with b.if_then(b.icmp_signed(">", self.num_rows, b.count(0))):
             with b.loop(first, last) as output:
                 b.write(self._correction(output), b.at(self._corrections, b.sub(output, first), WORD))
@@ -61,27 +61,18 @@ class ManyRows:
                         self._multiply(row, own, first, b.at(self._results, n, FLOAT32), b.count(b.lanes))
                     with b.loop(0, self._group_rows) as n:
                         results = b.read(b.at(self._results, b.times(n, b.lanes), FLOAT32), b.floats)
-                        b.write(results, self._result(b.plus(row, n), output))
+                        b.write(results, self._kernel.result(b.plus(row, n), output))
                 with b.loop(whole_end, last) as output:
-                    self._multiply(row, [output], first, self._result(row, output), self._kernel.outputs)
-
-    def _result(self, row: ir.Value, output: ir.Value) -> ir.Value:
-        """Its address."""
-        b = self.b
-        return b.at(self._kernel.y, b.plus(b.times(row, self._kernel.outputs), output), FLOAT32)
+                    self._multiply(row, [output], first, self._kernel.result(row, output), self._kernel.outputs)
 
     def _group(self, row: ir.Value) -> ir.Value:
         """Where the codes of the row's group are."""
-        b = self.b
-        return self._rows.codes(b.times(b.over(row, self._group_rows), self._group_rows))
-
-    def _weight(self, output: ir.Value) -> ir.Value:
-        return self.b.at(self._kernel.weight, self.b.times(output, self._kernel.row_bytes))
+        return self._rows.codes(self.b.whole(row, self._group_rows))
 
     def _correction(self, output: ir.Value) -> ir.Value:
-        b, weight, inputs = self.b, self._weight(output), self._kernel.inputs
+        b, weight, inputs = self.b, self._kernel.weight_row(output), self._kernel.inputs
         total = b.variable(b.all_lanes(b.words, 0))
-        whole_end = b.times(b.over(inputs, b.bytes.count), b.bytes.count)
+        whole_end = b.whole(inputs, b.bytes.count)
         with b.loop(0, whole_end, b.bytes.count) as n:
             place = b.at(weight, n)
             b.prefetch(b.at(place, ASKED_BYTES))
@@ -96,7 +87,7 @@ class ManyRows:
         """A group's rows, from `row` on, of a thread's outputs, from `first` on; to `results`, whose rows are so long."""
         b = self.b
         corrections = b.at(self._corrections, b.sub(outputs[0], first), WORD)
-        weights = [self._weight(output) for output in outputs]
+        weights = [self._kernel.weight_row(output) for output in outputs]
         firsts = [b.spread(b.read(b.at(corrections, n, WORD), WORD)) for n in range(len(outputs))]
         sums = [[b.variable(first) for _ in self._vectors] for first in firsts]
         group = self._group(row)
@@ -134,4 +125,4 @@ class ManyRows:
         """Lanes of both, twice as many."""
         count = a.type.count
         order = [lane // 2 + lane % 2 * count for lane in range(2 * count)]
-        return self.b.shuffle_vector(a, c, ir.Constant(ir.VectorType(WORD, 2 * count), order))
+        return self.b.picked(a, c, order)

@@ -25,12 +25,12 @@ class LayOutPanels(Kernel):
     def build(self) -> None:
         b, size, lanes = self.b, self._panel_size, self.lanes
         _, panels, outputs, row_words, _ = self.arguments.values()
-        whole_words = b.times(b.over(row_words, lanes), lanes)
+        whole_words = b.whole(row_words, lanes)
         with self.shared(b.over(b.plus(outputs, size - 1), size)) as which:
             panel = b.at(panels, b.times(which, row_words, size), WORD)
             first = b.times(which, size)
             num = b.at_most(b.sub(outputs, first), size)
-            whole_outputs = b.times(b.over(num, lanes), lanes)
+            whole_outputs = b.whole(num, lanes)
             with b.loop(0, whole_words, lanes) as word, b.loop(0, whole_outputs, lanes) as output:
                 self._turn(panel, first, word, output)
             with b.loop(whole_words, row_words) as word, b.loop(0, whole_outputs) as output:
@@ -59,7 +59,7 @@ class LayOutPanels(Kernel):
     def _shuffled(self, a: ir.Value, b: ir.Value, start: int) -> ir.Value:
         """Lanes of a and of b by turns, from lane `start` on."""
         order = [start + lane // 2 + lane % 2 * self.lanes for lane in range(self.lanes)]
-        return self.b.shuffle_vector(a, b, ir.Constant(self.b.words, order))
+        return self.b.picked(a, b, order)
 
     def _copy(self, panel: ir.Value, first: ir.Value, word: ir.Value, output: ir.Value) -> None:
         own = self.b.read(self._source(first, word, output), WORD)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, WORD, Builder, Count
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, NOTHING, WORD, Count
 from asyncpipe_workers.compiled.kernel import Kernel
 
 ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
@@ -44,26 +43,35 @@ class Product(Kernel):
     @abstractmethod
     def multiply(self) -> None: ...
 
+    def weight_row(self, output: ir.Value) -> ir.Value:
+        """Its address."""
+        return self.b.at(self.weight, self.b.times(output, self.row_bytes))
+
+    def result(self, row: ir.Value, output: ir.Value) -> ir.Value:
+        """Its address."""
+        return self.b.at(self.y, self.b.plus(self.b.times(row, self.outputs), output), FLOAT32)
+
 
 class RowCodes:
     """Rows quantized as they come, each group of inputs by its own largest magnitude. In scratch are the codes (rows, inputs),
     then for each group of each row what its codes' unit is worth (float32), then the sum of its codes (int32)."""
 
     def __init__(self, kernel: Product, group_inputs: Count) -> None:
-        self.b: Builder = kernel.b
+        self.b = kernel.b
+        self._kernel = kernel
         self.group_inputs = self.b.count(group_inputs)
         self.groups = self.b.over(kernel.inputs, self.group_inputs)  # of a row
-        self._x = kernel.x
         self._codes = kernel.scratch
-        self._inputs = kernel.inputs
         self._all_groups = self.b.times(kernel.rows, self.groups)
         self._units = self.b.at(self._codes, self.b.times(kernel.rows, kernel.inputs))
         self._sums = self.b.at(self._units, self._all_groups, FLOAT32)
 
-    def write(self, share: Callable[[ir.Value], AbstractContextManager[ir.Value]], keep: KeepCodes | None = None) -> None:
-        """All of them, each thread its `share`. `keep` writes a vector of codes elsewhere than they come in a row."""
-        with share(self._all_groups) as group:
-            self._quantize(group, keep or self.keep)
+    def write(self, keep: KeepCodes) -> None:
+        """All of them, each thread its share, and none goes on before they are there. `keep` writes a vector of codes, by
+        `self.keep` or elsewhere."""
+        with self._kernel.own_share(self._all_groups) as group:
+            self._quantize(group, keep)
+        self.b.outside("GOMP_barrier", NOTHING)
 
     def keep(self, codes: ir.Value, group: ir.Value, first: ir.Value) -> None:
         """Codes of a group, from its number `first` on."""
@@ -71,7 +79,7 @@ class RowCodes:
 
     def codes(self, row: ir.Value) -> ir.Value:
         """Their address."""
-        return self.b.at(self._codes, self.b.times(row, self._inputs))
+        return self.b.at(self._codes, self.b.times(row, self._kernel.inputs))
 
     def unit(self, row: ir.Value, group: Count = 0) -> ir.Value:
         """Its address; those of a row's groups follow."""
@@ -87,7 +95,7 @@ class RowCodes:
     def _quantize(self, group: ir.Value, keep: KeepCodes) -> None:
         """Number `group` of all groups of all rows."""
         b = self.b
-        numbers = b.at(self._x, b.times(group, self.group_inputs), FLOAT32)
+        numbers = b.at(self._kernel.x, b.times(group, self.group_inputs), FLOAT32)
         largest = b.variable(b.all_lanes(b.floats, 0.0))
         with b.loop(0, self.group_inputs, b.lanes) as n:
             magnitudes = b.magnitudes(b.read(b.at(numbers, n, FLOAT32), b.floats))

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, NOTHING, WORD, Count
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WORD
 from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES
 from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
@@ -52,14 +52,14 @@ class DotProduct(Product):
     def multiply(self) -> None:
         b = self.b
         self.vector_inputs = self.lanes * self.lane_inputs
-        self._whole_inputs = b.times(b.over(self.inputs, self.vector_inputs), self.vector_inputs)
+        self._whole_inputs = b.whole(self.inputs, self.vector_inputs)
         self.prepare_rows()
         with self.shared(b.over(b.plus(self.outputs, SHARED_OUTPUTS - 1), SHARED_OUTPUTS)) as n:
             first = b.times(n, SHARED_OUTPUTS)
             last = b.at_most(b.plus(first, SHARED_OUTPUTS), self.outputs)
             row = self.multiply_many(first, last)
             for tile in _tiles(self.lanes):
-                num_rows = b.times(b.over(b.sub(self.rows, row), tile.together), tile.together)
+                num_rows = b.whole(b.sub(self.rows, row), tile.together)
                 end = b.plus(row, num_rows)
                 with b.loop(row, end, tile.together) as first_row:
                     self._multiply_rows(tile, first_row, first, last)
@@ -68,7 +68,7 @@ class DotProduct(Product):
     def _multiply_rows(self, tile: _Tile, first_row: ir.Value, first: ir.Value, last: ir.Value) -> None:
         """`tile.together` of them with outputs from `first` to `last`."""
         b = self.b
-        whole_end = b.plus(first, b.times(b.over(b.sub(last, first), tile.outputs), tile.outputs))
+        whole_end = b.plus(first, b.whole(b.sub(last, first), tile.outputs))
         parts = [(first, whole_end, tile.outputs), (whole_end, last, 1)]
         for start, end, num_outputs in parts if tile.outputs > 1 else parts[:1]:
             with b.loop(start, end, num_outputs) as output, b.loop(0, tile.together, tile.rows) as n:
@@ -77,7 +77,7 @@ class DotProduct(Product):
     def _multiply_tile(self, row: ir.Value, num_rows: int, output: ir.Value, num_outputs: int) -> None:
         b = self.b
         rows = [self.row_numbers(b.plus(row, n)) for n in range(num_rows)]
-        weights = [b.at(self.weight, b.times(b.plus(output, n), self.row_bytes)) for n in range(num_outputs)]
+        weights = [self.weight_row(b.plus(output, n)) for n in range(num_outputs)]
         asked = ASKED_BYTES if num_outputs == 1 else b.times(self.row_bytes, num_outputs)
         zero = b.all_lanes(self.sums, 0)
         sums = {(r, o): b.variable(zero) for r in range(num_rows) for o in range(num_outputs)}
@@ -106,7 +106,7 @@ class DotProduct(Product):
         if num == self.vector_inputs:
             return own
         order = [*range(num), *[num] * (self.vector_inputs - num)]
-        return self.b.shuffle_vector(own, ir.Constant(own.type, None), _order(order))
+        return self.b.picked(own, ir.Constant(own.type, None), order)
 
     def _added_up(self, vectors: Sequence[ir.Value]) -> ir.Value:
         """The lanes of each: as many numbers as vectors, a power of two of at most `lanes`."""
@@ -115,16 +115,16 @@ class DotProduct(Product):
             pairs = [*zip(vectors[::2], vectors[1::2], strict=True)] if len(vectors) > 1 else [(vectors[0],) * 2]
             num = (2 if len(vectors) > 1 else 1) * (vectors[0].type.count // part)
             part //= 2
-            first = _order([2 * part * n + lane for n in range(num) for lane in range(part)])
-            second = _order([2 * part * n + part + lane for n in range(num) for lane in range(part)])
-            vectors = [self.add(*(self.b.shuffle_vector(*pair, half) for half in (first, second))) for pair in pairs]
+            first = [2 * part * n + lane for n in range(num) for lane in range(part)]
+            second = [lane + part for lane in first]
+            vectors = [self.add(*(self.b.picked(*pair, half) for half in (first, second))) for pair in pairs]
         return vectors[0]
 
     def _write(self, totals: ir.Value, row: ir.Value, output: ir.Value, tile: tuple[int, int]) -> None:
         b, (num_rows, num_outputs) = self.b, tile
         for r in range(num_rows):
             own = b.ordered(totals, range(r * num_outputs, (r + 1) * num_outputs))
-            b.write(own, b.at(self.y, b.plus(b.times(b.plus(row, r), self.outputs), output), FLOAT32))
+            b.write(own, self.result(b.plus(row, r), output))
 
     def of_outputs(self, place: ir.Value, output: ir.Value, tile: tuple[int, int]) -> ir.Value:
         """The outputs' own floats, once for each row of a tile."""
@@ -233,8 +233,7 @@ class Int8Product(DotProduct):
     def prepare_rows(self) -> None:
         self._rows = RowCodes(self, self.inputs)
         self._many = ManyRows(self, self._rows)
-        self._rows.write(self.own_share, self._many.keep)
-        self.b.outside("GOMP_barrier", NOTHING)
+        self._rows.write(self._many.keep)
 
     def multiply_many(self, first: ir.Value, last: ir.Value) -> ir.Value:
         self._many.multiply(first, last)
@@ -259,7 +258,3 @@ class Int8Product(DotProduct):
         products = b.sitofp(b.sub(totals, too_much), ir.VectorType(FLOAT32, num))
         scales = b.fmul(self.of_outputs(self.scales, output, tile), self.of_rows(self._rows.unit(row), FLOAT32, tile))
         return b.fused(products, scales, self.of_outputs(self.bias, output, tile))
-
-
-def _order(lanes: Sequence[Count]) -> ir.Constant:
-    return ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes))
