@@ -155,7 +155,7 @@ class CheckpointSource:
     def _placed_chunks(self, form: StoredForm, place: FileRange, first: int, last: int) -> Iterator[torch.Tensor]:
         step = _rows_per_chunk(form.row_bytes)
         if not self._files.direct:
-            yield from self._rows(form)[first:last].split(step)
+            yield from torch.split(self._rows(form)[first:last], step)
             return
         buffer = new_buffer(min(step, max(last - first, 1)) * form.row_bytes + 2 * BLOCK_BYTES)
         file = self._files[place.path]
