@@ -26,7 +26,7 @@ from typing import Any
 
 import uvloop
 from report import print_result
-from served import served
+from served import Served, served
 from tqdm import tqdm
 
 from asyncpipe import AsyncPipeError, Client
@@ -102,7 +102,7 @@ def stream(client: Client, request: Request) -> Any:
     )
 
 
-def serving(arguments: argparse.Namespace) -> contextlib.AbstractAsyncContextManager[tuple[Client, int]]:
+def serving(arguments: argparse.Namespace) -> contextlib.AbstractAsyncContextManager[Served]:
     options = [arguments.model] if arguments.model else []
     options += ["--stages", str(arguments.stages), "--spares", str(arguments.spares), "--device", arguments.device]
     options += ["--max-restarts", "1000000", "--threads-per-stage", "1", "--log-level", "error"]
@@ -140,7 +140,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(arguments.seed)
     num_faults = arguments.faults or (10 if arguments.quick else 200)
     recovery_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    async with serving(arguments) as (client, _):
+    async with serving(arguments) as (client, *_):
         load = Load(client, await undisturbed(client))
         streams = [asyncio.ensure_future(load.run(worker)) for worker in range(STREAMS)]
         for _ in tqdm(range(num_faults), desc="faults", file=sys.stderr, disable=arguments.json or None):

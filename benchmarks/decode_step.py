@@ -24,13 +24,18 @@ from pathlib import Path
 
 import torch
 from one_stage import whole_model
-from peer_cases import MODELS, PROMPT_LEN, THREADS
+from peer_cases import MODELS, PROMPT_LEN, THREADS, Model
+from random_model import MoEShape
 from report import in_turn, print_result
 
 from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
 from asyncpipe_workers import decode_tape
 from asyncpipe_workers.output import ArrivedStep
 from asyncpipe_workers.stage_model import StageModel
+
+MOE = Model("moe", MoEShape(2048, 3, 32, 4, 128, experts=128, chosen=8, expert_size=768, vocab=32_000), "bfloat16")
+"""Three layers of Qwen 3 30B-A3B."""
+SHAPES = MODELS | {MOE.name: MOE}
 
 FORMS = ("fp32", "int8", "int4")
 STEPS = 6  # of one turn
@@ -109,7 +114,7 @@ def results(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="opt-125m", choices=MODELS, help="whose shape (default: opt-125m)")
+    parser.add_argument("--model", default="opt-125m", choices=SHAPES, help="whose shape (default: opt-125m)")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"of weights (default: {','.join(FORMS)})")
     parser.add_argument("--context", type=int, default=PROMPT_LEN, help=f"tokens of each prompt (default: {PROMPT_LEN})")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}; quick: {QUICK_ROUNDS}")
@@ -122,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
-        MODELS[arguments.model].make(path)
+        SHAPES[arguments.model].make(path)
         batches, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if arguments.quick else (BATCHES, ROUNDS)
         print_result(dict(results(path, forms, batches, arguments.context, arguments.rounds or rounds)), as_json=arguments.json)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import uvloop
 from report import print_result
-from served import served
+from served import Served, served
 
 from asyncpipe import Client
 from asyncpipe.wire.messages import Status
@@ -33,7 +33,7 @@ SETTLED_AFTER = 5  # equal readings
 NEW_TOKENS = 4000  # more than the window takes
 
 
-def serving(arguments: argparse.Namespace) -> AbstractAsyncContextManager[tuple[Client, int]]:
+def serving(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Served]:
     """A coordinator process with its workers: a client of it, and its pid. Layers take a tenth of a stage's time, so that an
     uneven pipeline is an uneven split."""
     split = [round(10 * (UNEVEN if arguments.uneven and stage % 2 else 1)) for stage in range(arguments.stages)]
@@ -57,7 +57,7 @@ async def decode(client: Client, count: int, new_tokens: int) -> None:
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of one pipeline."""
     window_s = arguments.seconds or (8.0 if arguments.quick else 30.0)
-    async with serving(arguments) as (client, pid):
+    async with serving(arguments) as (client, pid, _):
         count = arguments.sequences * (4 * arguments.stages + 8)
         load = asyncio.ensure_future(decode(client, count, NEW_TOKENS))
         await settled(client)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from random_model import LlamaShape, Shape, make_large_llama, make_large_model
+from random_model import LlamaShape, MoEShape, Shape, make_large_llama, make_large_model, make_large_moe
 
 THREADS = 2
 PROMPT_LEN = 128
@@ -37,20 +37,22 @@ class Model(NamedTuple):
     """`dtype` is that in which its weights are stored."""
 
     name: str
-    shape: Shape | LlamaShape
+    shape: Shape | LlamaShape | MoEShape
     dtype: str
 
     @property
     def family(self) -> str:
-        return "opt" if isinstance(self.shape, Shape) else "llama"
+        return "opt" if isinstance(self.shape, Shape) else "llama" if isinstance(self.shape, LlamaShape) else "moe"
 
     def make(self, directory: Path) -> int:
         """Random weights in `directory`; returns their bytes."""
-        return (
-            make_large_model(directory, self.shape, dtype=self.dtype)
-            if isinstance(self.shape, Shape)
-            else make_large_llama(directory, self.shape, dtype=self.dtype)
-        )
+        match self.shape:
+            case Shape():
+                return make_large_model(directory, self.shape, dtype=self.dtype)
+            case LlamaShape():
+                return make_large_llama(directory, self.shape, dtype=self.dtype)
+            case MoEShape():
+                return make_large_moe(directory, self.shape, dtype=self.dtype)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -50,6 +50,18 @@ class LlamaShape(NamedTuple):
     vocab: int
 
 
+class MoEShape(NamedTuple):
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    experts: int
+    chosen: int
+    expert_size: int
+    vocab: int
+
+
 class _Checkpoint:
     """Random tensors, stored as `dtype`, a file for each layer, so that no more than a layer is ever in memory."""
 
@@ -163,6 +175,62 @@ def make_large_llama(directory: Path, shape: LlamaShape, *, dtype: str = "float3
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    checkpoint.finish(config)
+    return checkpoint.num_bytes
+
+
+def make_large_moe(directory: Path, shape: MoEShape, *, dtype: str = "float32") -> int:
+    """A random Qwen 3 with experts, likewise."""
+    import torch
+    from transformers import Qwen3MoeConfig
+
+    hidden, checkpoint = shape.hidden, _Checkpoint(directory, dtype)
+    q_size, kv_size = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    checkpoint.save(
+        "outer.safetensors",
+        {
+            "model.embed_tokens.weight": checkpoint.matrix(shape.vocab, hidden),
+            "model.norm.weight": torch.ones(hidden),
+            "lm_head.weight": checkpoint.matrix(shape.vocab, hidden),
+        },
+    )
+    sizes = {
+        "self_attn.q_proj": (q_size, hidden),
+        "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+        "self_attn.o_proj": (hidden, q_size),
+        "mlp.gate": (shape.experts, hidden),
+    }
+    for expert in range(shape.experts):
+        parts = {"gate": (shape.expert_size, hidden), "up": (shape.expert_size, hidden), "down": (hidden, shape.expert_size)}
+        sizes |= {f"mlp.experts.{expert}.{part}_proj": size for part, size in parts.items()}
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.q_norm": shape.head_size, "self_attn.k_norm": shape.head_size}
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        tensors = {f"{prefix}.{name}.weight": checkpoint.matrix(*size) for name, size in sizes.items()}
+        tensors |= {f"{prefix}.{name}.weight": torch.ones(size) for name, size in norms.items()}
+        # Else all rows would choose the same experts.
+        tensors[f"{prefix}.mlp.gate.weight"] = torch.randn(
+            shape.experts, hidden, generator=torch.Generator().manual_seed(layer)
+        )
+        checkpoint.save(f"layer-{layer:03}.safetensors", tensors)
+    config = Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        vocab_size=shape.vocab,
+        hidden_size=hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.chosen,
+        moe_intermediate_size=shape.expert_size,
+        norm_topk_prob=True,
+        max_position_embeddings=2048,
         tie_word_embeddings=False,
         dtype=dtype,
     )

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from asyncpipe import Client, connect
 from asyncpipe.process.reap import PARENT_VARIABLE
@@ -16,9 +17,15 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 
 
+class Served(NamedTuple):
+    client: Client
+    pid: int
+    address: str  # tcp
+
+
 @contextlib.asynccontextmanager
-async def served(*options: str, quiet: bool = False) -> AsyncIterator[tuple[Client, int]]:
-    """A client of it, over tcp, and its pid. With `quiet` its log is dropped."""
+async def served(*options: str, quiet: bool = False) -> AsyncIterator[Served]:
+    """With `quiet` its log is dropped."""
     command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", "--bind", "tcp://127.0.0.1:0", "--json", *options]
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -30,7 +37,7 @@ async def served(*options: str, quiet: bool = False) -> AsyncIterator[tuple[Clie
         assert process.stdout is not None
         address = json.loads(await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S))["address"]
         async with connect(address) as client:
-            yield client, process.pid
+            yield Served(client, process.pid, address)
     finally:
         process.terminate()
         await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)

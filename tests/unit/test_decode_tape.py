@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from asyncpipe.wire.messages import Delta
 from asyncpipe_workers import decode_tape, newest, stage_model
-from asyncpipe_workers.decode_tape import DecodeTapes, TapedSweep, _OtherCalls
+from asyncpipe_workers.decode_tape import DecodeTapes, TapedSweep
 from asyncpipe_workers.sampling import Sampled
 from asyncpipe_workers.stage_model import StageModel
-from asyncpipe_workers.tape import Tape, TapeMemory, new_tensor, recording
+from asyncpipe_workers.tape import OtherCalls, Tape, TapeMemory, new_tensor, recording
 from tests.checkpoints import distinct_prompts, make_opt
 from tests.families import make_family
 from tests.stage_chains import Chain, joining, load_chain, opened
@@ -26,6 +26,7 @@ from tests.stage_chains import Chain, joining, load_chain, opened
 # Sizes for which there are kernels all the way.
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64}
 OPT = {"hidden_size": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64, "ffn_dim": 128}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GPT2 = {"n_embd": 64, "n_head": 2}
 
 MODELS: dict[str, Callable[[Path], Path]] = {
@@ -35,6 +36,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "sizes that fill no panel": lambda path: make_family(path, "llama", **(HEADS | {"intermediate_size": 48})),
     "longrope": lambda path: make_family(path, "phi3-long", **(HEADS | {"rope_parameters": LONG})),
     "windows": lambda path: make_family(path, "mistral", **HEADS),
+    "exact gelu, scaled queries": lambda path: make_family(path, "gpt2-scaled", **GPT2, activation_function="gelu"),
+    "caps, scaled queries": lambda path: make_family(path, "gemma2", **HEADS),
+    "two ropes": lambda path: make_family(path, "gemma3", **HEADS),
+    "experts for two rows": lambda path: make_family(path, "mixtral", **HEADS, num_local_experts=4),
+    "many experts": lambda path: make_family(path, "qwen3-moe", **HEADS | EXPERTS),
     "head norms": lambda path: make_family(path, "qwen3", **HEADS),
 }
 LONG = {
@@ -45,9 +51,7 @@ LONG = {
     "original_max_position_embeddings": 48,
 }
 UNKNOWN: dict[str, Callable[[Path], Path]] = {
-    "experts": lambda path: make_family(path, "mixtral", **HEADS),
-    "exact gelu": lambda path: make_family(path, "gpt2", **GPT2, activation_function="gelu"),
-    "scaled queries": lambda path: make_family(path, "gemma2", **HEADS),
+    "an activation without a kernel": lambda path: make_family(path, "gpt2", **GPT2, activation_function="tanh"),
 }
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
@@ -119,7 +123,7 @@ def test_what_is_not_all_kernels_is_computed_call_by_call(model: str, tmp_path: 
     deltas = [joining(*(opened(n, prompt) for n, prompt in enumerate(distinct_prompts(3)))), *going_on(3, times=4)]
     found, expected, (stage,) = both_ways(UNKNOWN[model](tmp_path), (3,), deltas, monkeypatch)
     assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
-    assert taped(stage)._is_off
+    assert taped(stage)._most_rows < 3
     assert not taped(stage)._tapes
 
 
@@ -207,7 +211,7 @@ def test_any_script_gives_the_same_logits(
     ],
 )
 def test_other_calls_are_all_that_computes(compute: Callable[[torch.Tensor], Any], is_other: bool) -> None:
-    with torch.inference_mode(), _OtherCalls() as others:
+    with torch.inference_mode(), OtherCalls() as others:
         compute(torch.empty(16))
     assert bool(others.found) == is_other, others.found
 
@@ -243,8 +247,8 @@ def test_what_torch_computes_is_noted_without_its_tracer() -> None:
     """Whose import would delay the second token after every start by more than a second."""
     code = (
         "import sys, torch\n"
-        "from asyncpipe_workers.decode_tape import _OtherCalls\n"
-        "with _OtherCalls() as others: torch.zeros(3) + 1\n"
+        "from asyncpipe_workers.tape import OtherCalls\n"
+        "with OtherCalls() as others: torch.zeros(3) + 1\n"
         "assert others.found, 'nothing was noted'\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )

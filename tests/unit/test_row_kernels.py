@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asyncpipe_workers.models import layers, row_kernels
-from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, gated
+from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, gated, scaled
 from asyncpipe_workers.models.rope import Rotation, rotate
 from asyncpipe_workers.models.row_kernels import row_kernel
 
@@ -81,6 +81,15 @@ def test_gates_are_those_of_torch(rows: int, activation: str) -> None:
         gate_up[0, :4] = torch.tensor([0.0, -1e4, 1e4, -90.0])
     expected = by_torch(lambda: gated(gate_up.clone(), activation))
     torch.testing.assert_close(gated(gate_up, activation), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_queries_are_scaled_where_they_lie(rows: int) -> None:
+    qkv_TNK = numbers(rows, 8, 32)
+    expected = torch.cat([qkv_TNK[:, :4] * 0.8165, qkv_TNK[:, 4:]], dim=1)
+    assert scaled(qkv_TNK[:, :4], 0.8165).data_ptr() == qkv_TNK.data_ptr()
+    assert torch.equal(qkv_TNK, expected), "keys and values are not"
 
 
 @pytest.mark.usefixtures("is_compiled")

@@ -11,10 +11,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import ArenaKV
@@ -22,12 +21,11 @@ from asyncpipe_workers.models.rope import Rope, Rotation
 from asyncpipe_workers.models.units import Layer
 from asyncpipe_workers.newest import Seen
 from asyncpipe_workers.sweep import Result, Sweep, Work
-from asyncpipe_workers.tape import Tape, TapeMemory, recording
+from asyncpipe_workers.tape import OtherCalls, Tape, TapeMemory, recording
 
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 32  # a larger batch computes for much longer than it is called
-ALLOCATION = "aten.empty."
 SWITCH = "ASYNCPIPE_DECODE_TAPES"  # 0 in the environment: never
 
 
@@ -65,7 +63,7 @@ class DecodeTapes:
         self._tapes: dict[int, _Recorded] = {}  # by the number of rows
         self._ropes: set[Rope] = set()  # that layers have asked for, and windows
         self._windows: set[int | None] = set()
-        self._is_off = False
+        self._most_rows = MAX_ROWS
 
     def run(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
         """What the layers make of it, to be used before the next step."""
@@ -78,24 +76,25 @@ class DecodeTapes:
         return recorded.output_BD
 
     def is_for(self, work: Work) -> bool:
-        return not self._is_off and len(work.batches) == 1 and work.only_continues(MAX_ROWS)
+        return len(work.batches) == 1 and work.only_continues(self._most_rows)
 
     def _computed(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
         for layer in self._layers:
             hidden_BD = layer(hidden_BD, layout, self._cache)
         self._ropes, self._windows = set(layout.rotations), set(layout.seen)
-        self._is_off = not self._windows  # attention is torch's
+        if not self._windows:  # attention is torch's
+            self._most_rows = 0
         return hidden_BD
 
     def _record(self, hidden_BD: torch.Tensor, layout: StepLayout) -> torch.Tensor:
-        """While it is computed. Where there are other calls than of compiled kernels, it is for the last time."""
+        """While it is computed. Where there are other calls than of compiled kernels, so many rows never are again."""
         from asyncpipe_workers.compiled.chain import Chain
 
         for rope in self._ropes:
             rope.rotation(layout, hidden_BD.dtype)
         for window in self._windows:
             layout.seen[window] = Seen.of(layout.rows, window)
-        tape, others, num_bytes = Tape(self._memory), _OtherCalls(), self._memory.num_bytes
+        tape, others, num_bytes = Tape(self._memory), OtherCalls(), self._memory.num_bytes
         kept_BD = output_BD = hidden_BD.clone()
         with recording(tape), others:
             for layer in self._layers:
@@ -104,38 +103,13 @@ class DecodeTapes:
         if self._memory.num_bytes > num_bytes or others.found:
             self._tapes.clear()  # else they would keep what they had before
         if others.found:
-            log.info("decode steps are computed call by call, for they have %s, which is not compiled", min(others.found))
-            self._is_off = True
+            self._most_rows = len(layout.rows) - 1
+            what = min(others.found)
+            log.info("decode steps of more than %d rows are computed call by call: %s is not compiled", self._most_rows, what)
         else:
             replay = Chain(tape.calls)
             self._tapes[len(layout.rows)] = _Recorded(layout.seen, layout.rotations, kept_BD, output_BD, tape, replay)
         return output_BD
-
-
-class _OtherCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what torch computes, for that would not be done again. Views are of memory that stays."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: set[str] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is traced here; to say so to torch's tracer would import it, for more than a second."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not str(func).startswith(ALLOCATION) and not (func.is_view and _is_same_memory(result, args[0])):
-            self.found.add(str(func))
-        return result
-
-
-def _is_same_memory(result: Any, source: Any) -> bool:
-    first = result if isinstance(result, torch.Tensor) else next(iter(result), None)
-    if not isinstance(first, torch.Tensor) or not isinstance(source, torch.Tensor):
-        return False
-    return first.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
 
 
 class TapedSweep:

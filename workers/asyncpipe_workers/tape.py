@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ALLOCATION = "aten.empty."
 
 
 class Call(NamedTuple):
@@ -19,6 +22,13 @@ class Call(NamedTuple):
     work: int
     arguments: Any
     num_threads: int
+
+
+class Choice(NamedTuple):
+    """Of lists of calls, which are `CallLists` of compiled/chain.py, the one whose number a kernel writes to `number`."""
+
+    number: int
+    lists: Any
 
 
 class TapeMemory:
@@ -32,6 +42,10 @@ class TapeMemory:
 
     def begin_part(self) -> None:
         self._part += 1
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """To write where the part has written."""
         self._num_taken = 0
 
     def new(self, num_bytes: int) -> torch.Tensor:
@@ -46,12 +60,14 @@ class TapeMemory:
 
 
 class Tape:
-    def __init__(self, memory: TapeMemory) -> None:
+    def __init__(self, memory: TapeMemory, *, is_dry: bool = False) -> None:
+        """If it `is_dry`, calls are noted down and not made."""
         self.memory = memory
-        self.calls: list[Call] = []
+        self.is_dry = is_dry
+        self.calls: list[Call | Choice] = []
         self._kept: list[Sequence[torch.Tensor]] = []
 
-    def add(self, call: Call, *, keep: Sequence[torch.Tensor]) -> None:
+    def add(self, call: Call | Choice, *, keep: Sequence[torch.Tensor]) -> None:
         """`keep` are the tensors that its arguments are addresses of."""
         self.calls.append(call)
         self._kept.append(keep)
@@ -67,11 +83,11 @@ def recorded_tape() -> Tape | None:
 
 @contextmanager
 def recording(tape: Tape) -> Iterator[None]:
-    _current.tape = tape
+    before, _current.tape = recorded_tape(), tape
     try:
         yield
     finally:
-        _current.tape = None
+        _current.tape = before
 
 
 def new_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -80,3 +96,29 @@ def new_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     if tape is None:
         return torch.empty(shape, dtype=dtype)
     return tape.memory.new(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+class OtherCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what torch computes, for that would not be done again. Views are of memory that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[str] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is traced here; to say so to torch's tracer would import it, for more than a second."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not str(func).startswith(ALLOCATION) and not (func.is_view and _is_same_memory(result, args[0])):
+            self.found.add(str(func))
+        return result
+
+
+def _is_same_memory(result: Any, source: Any) -> bool:
+    first = result if isinstance(result, torch.Tensor) else next(iter(result), None)
+    if not isinstance(first, torch.Tensor) or not isinstance(source, torch.Tensor):
+        return False
+    return first.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()

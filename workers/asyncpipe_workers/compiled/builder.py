@@ -22,6 +22,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = (0.693359375, -2.12194440e-4)  # as two numbers, for one would lose the last bits
 EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0
+ERF_FACTOR, ERF_SERIES = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 EXPONENT_BIAS, MANTISSA_BITS = 127, 23
 
 Count: TypeAlias = ir.Value | int
@@ -165,6 +166,17 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
     def tanh(self, x: ir.Value) -> ir.Value:
         one, two = (self.all_lanes(self.floats, n) for n in (1.0, 2.0))
         return self.fsub(one, self.fdiv(two, self.fadd(self.exp(self.fmul(x, two)), one)))
+
+    def erf(self, x: ir.Value) -> ir.Value:
+        """To 2e-7. As Abramowitz and Stegun have it (7.1.26): 1 - t (a + b t + ...) e^(-x^2), with t = 1 / (1 + p |x|)."""
+        one, size = self.all_lanes(self.floats, 1.0), self.magnitudes(x)
+        t = self.fdiv(one, self.fused(size, self.all_lanes(self.floats, ERF_FACTOR), one))
+        series = self.all_lanes(self.floats, 0.0)
+        for factor in ERF_SERIES:
+            series = self.fused(series, t, self.all_lanes(self.floats, factor))
+        rest = self.fmul(self.fmul(series, t), self.exp(self.fneg(self.fmul(x, x))))
+        result = self.fsub(one, rest)
+        return self.select(self.fcmp_ordered("<", x, self.all_lanes(self.floats, 0.0)), self.fneg(result), result)
 
     def dot_of_bytes(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
         """Each lane of `sums`, plus its four bytes of one times its four bytes of the other."""

@@ -57,8 +57,10 @@ class CompiledKernel:
         num_threads = num_threads or torch.get_num_threads()
         numbers = [*[tensor.data_ptr() for tensor in tensors], *counts]
         arguments = _array_of(len(numbers) + 1)(*numbers)
-        _run_on_threads()(self._work, arguments, num_threads, 0)
-        if (tape := recorded_tape()) is not None:
+        tape = recorded_tape()
+        if tape is None or not tape.is_dry:
+            _run_on_threads()(self._work, arguments, num_threads, 0)
+        if tape is not None:
             tape.add(Call(self._work, arguments, num_threads), keep=tensors)
 
 

@@ -100,6 +100,38 @@ class AddRows(RowKernel):
             b.write(b.fadd(b.read(place, b.floats), more), place)
 
 
+class WeightedRows(RowKernel):
+    """x (rows, size), each row times its weight, to y (rows, size), or `is_added` to what is there."""
+
+    def __init__(self, lanes: int, is_added: bool) -> None:
+        self._is_added = is_added
+        super().__init__(lanes, ("x", "y", "weight"), ("rows", "size"))
+
+    def build_row(self, row: ir.Value) -> None:
+        b = self.b
+        x, y, weight, _, size = self.arguments.values()
+        factor = b.spread(b.read(b.at(weight, row, FLOAT32), FLOAT32))
+        with b.loop(0, size, self.lanes) as n:
+            number = b.plus(b.times(row, size), n)
+            own, place = b.fmul(b.read(b.at(x, number, FLOAT32), b.floats), factor), b.at(y, number, FLOAT32)
+            b.write(b.fadd(b.read(place, b.floats), own) if self._is_added else own, place)
+
+
+class ScaleRows(RowKernel):
+    """x, of `size` numbers, whose rows are `stride` numbers apart, times a factor, in its place."""
+
+    def __init__(self, lanes: int, factor: float) -> None:
+        self._factor = factor
+        super().__init__(lanes, ("x",), ("rows", "size", "stride"))
+
+    def build_row(self, row: ir.Value) -> None:
+        b = self.b
+        x, _, size, stride = self.arguments.values()
+        with b.loop(0, size, self.lanes) as n:
+            place = b.at(x, b.plus(b.times(row, stride), n), FLOAT32)
+            b.write(b.fmul(b.read(place, b.floats), b.all_lanes(b.floats, self._factor)), place)
+
+
 class TurnRows(RowKernel):
     """Rotary positions, in place: of x, N heads of K numbers whose rows are `stride` numbers apart, number i is turned together
     with number i + F, for the first F. Rows of `cos` are `cos_stride` numbers apart, of which the first F count; `sin` is
@@ -170,6 +202,13 @@ def _silu(b: Builder, x: ir.Value) -> ir.Value:
     return b.fdiv(x, b.fadd(b.exp(b.fneg(x)), b.all_lanes(b.floats, 1.0)))
 
 
+def _gelu(b: Builder, x: ir.Value) -> ir.Value:
+    """x / 2 (1 + erf(x / sqrt(2)))."""
+    one, half = (b.all_lanes(b.floats, n) for n in (1.0, 0.5))
+    erf = b.erf(b.fmul(x, b.all_lanes(b.floats, math.sqrt(0.5))))
+    return b.fmul(b.fmul(x, half), b.fadd(erf, one))
+
+
 def _gelu_tanh(b: Builder, x: ir.Value) -> ir.Value:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     one = b.all_lanes(b.floats, 1.0)
@@ -181,6 +220,7 @@ def _gelu_tanh(b: Builder, x: ir.Value) -> ir.Value:
 ACTIVATIONS: Mapping[str, Callable[[Builder, ir.Value], ir.Value]] = {
     "relu": _relu,
     "silu": _silu,
+    "gelu": _gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }

@@ -19,7 +19,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV, AttentionForm
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, added, gated, logits
+from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, added, gated, logits, scaled
 from asyncpipe_workers.models.rope import Rope, make_rope, rope_parameters, rotate
 from asyncpipe_workers.models.units import Blocks, Layer
 from asyncpipe_workers.models.weights import Projection, Rows, Weights
@@ -113,7 +113,7 @@ class SelfAttention:
         qk_TNK = rotate(qk_TNK, self._rope.rotation(layout, qk_TNK.dtype))
         q_THK, k_TGK = qk_TNK[:, : self._num_heads], qk_TNK[:, self._num_heads :]
         if self._query_factor != 1.0:
-            q_THK.mul_(self._query_factor)
+            scaled(q_THK, self._query_factor)
         attended_THK = cache.attend(self._cache_layer, QKV(q_THK, k_TGK, v_TGK), layout, self._form)
         return self.out(attended_THK.reshape(len(x_TD), -1))
 

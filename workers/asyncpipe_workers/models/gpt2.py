@@ -18,7 +18,7 @@ from asyncpipe.model_shape import ModelShape
 from asyncpipe_workers.attention import QKV
 from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
-from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, activated, added, logits
+from asyncpipe_workers.models.layers import ACTIVATIONS, LayerNorm, activated, added, logits, scaled
 from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Weights
 
@@ -74,7 +74,7 @@ class Attention:
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         q_THK, k_THK, v_THK = self.qkv(self.norm(hidden_TD)).view(len(hidden_TD), *self._shape_3HK).unbind(1)
         if self._query_factor != 1.0:
-            q_THK.mul_(self._query_factor)
+            scaled(q_THK, self._query_factor)
         attended_THK = cache.attend(self._cache_layer, QKV(q_THK, k_THK, v_THK), layout)
         return added(self.out(attended_THK.reshape(hidden_TD.shape)), hidden_TD)
 

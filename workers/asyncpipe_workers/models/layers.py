@@ -77,6 +77,15 @@ def added(y_TD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
     return y_TD
 
 
+def scaled(x_THK: torch.Tensor, factor: float) -> torch.Tensor:
+    """x, multiplied where it lies."""
+    kernel = row_kernel("ScaleRows", x_THK, x_THK.shape[1] * x_THK.shape[2], factor)
+    if kernel is None or x_THK.stride(1) != x_THK.shape[2]:
+        return x_THK.mul_(factor)
+    kernel((x_THK,), (len(x_THK), x_THK.shape[1] * x_THK.shape[2], x_THK.stride(0)))
+    return x_THK
+
+
 def gated(gate_up_T2F: torch.Tensor, activation: str) -> torch.Tensor:
     """(T, F): the activation of the first half times the second. What is given may be changed."""
     size = gate_up_T2F.shape[1] // 2

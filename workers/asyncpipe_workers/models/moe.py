@@ -6,6 +6,8 @@ Shapes: T rows of a step, D hidden, X experts, N chosen for each row, C rows of 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +19,11 @@ from asyncpipe_workers.layout import StepLayout
 from asyncpipe_workers.memory.kv import KVCache
 from asyncpipe_workers.models import decoder
 from asyncpipe_workers.models.decoder import DecoderConfig, GatedFeedForward, Residual, sliding_windows
+from asyncpipe_workers.models.expert_calls import ExpertCalls
+from asyncpipe_workers.models.row_kernels import row_kernel
 from asyncpipe_workers.models.units import Blocks
 from asyncpipe_workers.models.weights import Rows, Weights
+from asyncpipe_workers.tape import new_tensor
 
 
 class ExpertNames(NamedTuple):
@@ -82,11 +87,19 @@ def _config(fields: Mapping[str, Any], *, is_sliding: bool, **own: Any) -> MoECo
     )
 
 
+class Choices(NamedTuple):
+    """Of each row, its experts and their shares of its result."""
+
+    chosen_TN: torch.Tensor  # int64
+    shares_TN: torch.Tensor
+
+
 class Experts:
     """Hidden states (T, D), normed, to what is added to them. An expert is computed only for rows that have chosen it."""
 
     def __init__(self, weights: Weights, config: MoEConfig, index: int) -> None:
         name, names, size = f"layers.{index}.{config.names.part}", config.names, config.expert_size
+        self._hidden_size = config.hidden_size
         self._num_chosen = config.num_chosen
         self._sums_to_one = config.sums_to_one
         self.router = weights.linear([Rows(f"{name}.gate", config.num_experts)], config.hidden_size, bias=False)
@@ -97,18 +110,43 @@ class Experts:
             self.experts.append(GatedFeedForward(weights, config, gate_up, f"{prefix}.{names.down}", size=size))
 
     def __call__(self, x_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
-        shares_TN, chosen_TN = torch.softmax(self.router(x_TD).float(), dim=-1).topk(self._num_chosen, dim=-1)
+        scores_TX = self.router(x_TD).contiguous()
+        num_rows, num_experts = scores_TX.shape
+        choose = row_kernel("ChooseExperts", scores_TX, 0, num_experts, self._num_chosen, self._sums_to_one)
+        if choose is None:
+            return self._by_expert(x_TD, self._choices(scores_TX))
+        choices = Choices(new_tensor(num_rows, self._num_chosen, dtype=torch.int64), new_tensor(num_rows, self._num_chosen))
+        choose((scores_TX, *choices), (num_rows,))
+        calls = self._calls  # made by the first step of all, which is on no tape
+        if calls is not None and choices.chosen_TN.numel() <= num_experts:  # few rows have an expert in common
+            return calls(x_TD, *choices)
+        return self._by_expert(x_TD, choices)
+
+    def _choices(self, scores_TX: torch.Tensor) -> Choices:
+        shares_TN, chosen_TN = torch.softmax(scores_TX.float(), dim=-1).topk(self._num_chosen, dim=-1)
         if self._sums_to_one:
             shares_TN = shares_TN / shares_TN.sum(dim=-1, keepdim=True)
-        by_expert = chosen_TN.flatten().argsort(stable=True)  # numbers of pairs of a row and a choice
-        counts_X = chosen_TN.flatten().bincount(minlength=len(self.experts)).tolist()
-        shares = shares_TN.flatten().to(x_TD.dtype)
-        out_TD = torch.zeros_like(x_TD)
-        for expert, pairs_C in zip(self.experts, torch.split(by_expert, counts_X), strict=True):
-            if len(pairs_C):
+        return Choices(chosen_TN, shares_TN)
+
+    def _by_expert(self, x_TD: torch.Tensor, choices: Choices) -> torch.Tensor:
+        chosen, shares = choices.chosen_TN.flatten(), choices.shares_TN.flatten().to(x_TD.dtype)
+        by_expert = chosen.argsort(stable=True)  # numbers of pairs of a row and a choice
+        counts_X = chosen.bincount(minlength=len(self.experts)).tolist()
+        out_TD, first = torch.zeros_like(x_TD), 0
+        for expert, count in zip(self.experts, counts_X, strict=True):
+            if count:
+                pairs_C = by_expert[first : first + count]
                 rows_C = pairs_C // self._num_chosen
                 out_TD.index_add_(0, rows_C, expert.apply(x_TD[rows_C]).mul_(shares[pairs_C, None]))
+                first += count
         return out_TD
+
+    @functools.cached_property
+    def _calls(self) -> ExpertCalls | None:
+        """None where experts call anything else than compiled kernels."""
+        with contextlib.suppress(NotImplementedError):
+            return ExpertCalls([expert.apply for expert in self.experts], self._hidden_size)
+        return None
 
 
 def _feed_forward(weights: Weights, config: MoEConfig, index: int) -> Residual:

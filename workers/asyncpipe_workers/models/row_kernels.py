@@ -16,8 +16,9 @@ RowCall = Callable[[Sequence[torch.Tensor], Sequence[int]], None]
 
 
 def row_kernel(kind: str, x: torch.Tensor, size: int, *arguments: Hashable) -> RowCall | None:
-    """The kernel of compiled/rows.py of that name, for rows of `x` in which it computes `size` numbers after one another. None
-    where torch has to do it: for other types and devices, odd sizes, numbers that lie apart, and where nothing is compiled."""
+    """The kernel of that name in compiled/rows.py or choose.py, for rows of `x` in which it computes `size` numbers after one
+    another. None where torch has to do it: for other types and devices, odd sizes, numbers that lie apart, and where nothing is
+    compiled."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or size % LANES or x.stride(-1) != 1:
         return None
     alone, together = _compiled(kind, *arguments)
@@ -28,9 +29,9 @@ def row_kernel(kind: str, x: torch.Tensor, size: int, *arguments: Hashable) -> R
 def _compiled(kind: str, *arguments: Hashable) -> tuple[RowCall | None, RowCall | None]:
     """For one thread, and for all."""
     with contextlib.suppress(ImportError, NotImplementedError):
-        from asyncpipe_workers.compiled import rows
+        from asyncpipe_workers.compiled import choose, rows
         from asyncpipe_workers.compiled.compiler import compiled
 
-        kernel = compiled(getattr(rows, kind), *arguments)
+        kernel = compiled((vars(rows) | vars(choose))[kind], *arguments)
         return functools.partial(kernel, num_threads=1), kernel
     return None, None
