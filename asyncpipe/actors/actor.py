@@ -38,7 +38,7 @@ class Actor:
         """Called before the first message, and again on the fresh instance after a restart."""
 
     async def handle(self, message: Any) -> Any:
-        """Handle one message; for an ask, return the answer.
+        """Handle one message; for an ask, return the answer, or a future of it: the next message is handled meanwhile.
 
         An exception out of an ask goes to the asker; one of asyncpipe's own (Invalid, say) ends there. Any other exception,
         and every exception out of a tell, is a crash: the restart policy decides.

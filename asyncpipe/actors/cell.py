@@ -182,4 +182,17 @@ async def _answer(actor: Actor, letter: Letter) -> None:
         reply(closed_error(actor.ref.name))
         raise
     else:
-        reply(answer)
+        if isinstance(answer, asyncio.Future):
+            answer.add_done_callback(lambda done: reply(_outcome(done, actor)))
+        else:
+            reply(answer)
+
+
+def _outcome(done: asyncio.Future[Any], actor: Actor) -> Any:
+    """What an asker is told of an answer that came later."""
+    if done.cancelled():
+        return closed_error(actor.ref.name)
+    error = done.exception()
+    if error is None:
+        return done.result()
+    return error if isinstance(error, AsyncPipeError) else RemoteError(f"{type(error).__name__}: {error}")

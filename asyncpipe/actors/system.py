@@ -82,6 +82,7 @@ class ActorSystem:
         self._watchers: dict[ActorRef, set[ActorRef]] = {}
         self._children: ChildActors | None = None
         self._is_open = False
+        self._is_stopping = False
 
     # --- life ---
 
@@ -111,6 +112,7 @@ class ActorSystem:
 
     async def _shut_down(self) -> None:
         """Actors first, so that their last words still travel; then children, links and listeners."""
+        self._is_stopping = True
         running = [cell for cell in self._cells.values() if cell.life is not Life.STOPPED]
         for cell in running:
             with contextlib.suppress(AsyncPipeError):
@@ -158,9 +160,11 @@ class ActorSystem:
         self.cell(ref.name).run_beside(coroutine, lambda guarded: self._group.create_task(guarded, name=name))
 
     def cell(self, name: ActorName) -> Cell:
-        """For routes. Raises Refused for an actor that does not run here."""
+        """For routes. Raises Refused for an actor that does not run here, Closed when none do any more."""
         cell = self._cells.get(name)
         if cell is None:
+            if self._is_stopping:
+                raise Closed(f"{self.name} is stopping")
             raise Refused(f"no actor named {name!r} runs in {self.name}")
         return cell
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,6 +13,8 @@ from asyncpipe.errors import Invalid
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 REPLACEMENT = "\ufffd"
 
@@ -40,6 +44,9 @@ class TextCodec:
         """From tokenizer.json, or from OPT's vocab.json and merges.txt. Raises Invalid."""
         from tokenizers import Tokenizer
 
+        os.environ.setdefault(
+            PARALLELISM, "false"
+        )  # of several texts; with it, processes that are started later would complain
         file = path / "tokenizer.json"
         try:
             if file.is_file():
@@ -50,11 +57,20 @@ class TextCodec:
             raise Invalid(f"cannot read the tokenizer in {path}: {error}") from None
         raise Invalid(f"{path} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids with the special tokens that the tokenizer adds. Raises Invalid for an empty text."""
+    def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids with the special tokens that the tokenizer adds. Raises Invalid for an empty text, and for one that is
+        longer than any of `max_tokens`."""
         if not text:
             raise Invalid("the prompt is empty: give at least one character")
-        return tuple(self._tokenizer.encode(text).ids)
+        if max_tokens is not None and len(text) > max_tokens * self._longest_token:
+            raise Invalid(f"the prompt has {len(text):,} characters, which are more than {max_tokens:,} tokens in any case")
+        (encoding,) = self._tokenizer.encode_batch_fast([text])  # `encode` lets no other thread run meanwhile
+        return tuple(encoding.ids)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
         """Of a text that has its special tokens in it: none are added."""

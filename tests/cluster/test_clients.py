@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from asyncpipe import Broken, Client, Refused, connect
+from asyncpipe import Broken, Client, Invalid, Refused, connect
 from asyncpipe.actors import Actor, ActorSystem
 from asyncpipe.errors import to_data
 from asyncpipe.model_place import BUNDLED_MODEL
@@ -104,6 +104,33 @@ def test_a_client_that_reads_nothing_is_cut_off_and_others_go_on(monkeypatch: py
             await until_open(client, 2, timeout_s=5)
             await until_open(client, 1, timeout_s=10)
             assert list((await mine).token_ids) == simulated_tokens(PROMPT, 600)
+
+    run(scenario(), timeout_s=60)
+
+
+def test_a_text_that_takes_seconds_to_tokenize_delays_nobody() -> None:
+    """Before, the coordinator did nothing else meanwhile, and its workers took it for dead."""
+
+    async def scenario() -> None:
+        async with serving() as (_, client):
+            num_pieces = 0
+
+            async def stream() -> list[int]:
+                nonlocal num_pieces
+                token_ids = []
+                async for piece in client.stream(PROMPT, max_new_tokens=2000, ignore_eos=True):
+                    num_pieces += 1
+                    token_ids.append(piece.token_id)
+                return token_ids
+
+            mine = asyncio.ensure_future(stream())
+            await until_open(client, 1, timeout_s=5)
+            before = num_pieces
+            with pytest.raises(Invalid, match=r"the prompt has 500\d\d\d tokens; the model's context is 200000"):
+                await client.generate("class Stack:\n    " * 100_000)
+            assert num_pieces - before > 20
+            assert await mine == simulated_tokens(PROMPT, 2000)
+            assert (await client.status()).restarts == 0
 
     run(scenario(), timeout_s=60)
 

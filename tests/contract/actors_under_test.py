@@ -28,6 +28,13 @@ class Slow(Request[Echoed], frozen=True, kw_only=True):
     seconds: float
 
 
+class Later(Request[Echoed], frozen=True, kw_only=True):
+    """Answered after `seconds`, or then failed, while other messages are."""
+
+    seconds: float
+    fails: bool = False
+
+
 class Fail(Request[Echoed], frozen=True, kw_only=True):
     """Answered with an error: `busy`, or a crash."""
 
@@ -52,7 +59,7 @@ class GetNotes(Request[Noted], frozen=True, kw_only=True):
 class Recorder(Actor):
     """Keeps what it is told; answers; fails on request. While `gate` is closed it handles nothing."""
 
-    receives: ClassVar[Any] = Echo | Slow | Fail | Note | GetNotes
+    receives: ClassVar[Any] = Echo | Slow | Later | Fail | Note | GetNotes
     mailbox_capacity: ClassVar[int] = 4
 
     def __init__(self) -> None:
@@ -62,7 +69,7 @@ class Recorder(Actor):
         self.gate.set()
         self.was_stopped = False
 
-    async def handle(self, message: Any) -> Message | None:
+    async def handle(self, message: Any) -> Message | asyncio.Future[Message] | None:
         if isinstance(message, Down):
             self.downs.append(message)
             return None
@@ -74,6 +81,10 @@ class Recorder(Actor):
             case Slow():
                 await asyncio.sleep(message.seconds)
                 return Echoed(value=0)
+            case Later():
+                answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                self.background(self._answer(answer, message), name="later")
+                return answer
             case Fail(how="busy"):
                 raise Busy("not now", retry_after_s=1.5)
             case Fail():
@@ -83,6 +94,16 @@ class Recorder(Actor):
             case GetNotes():
                 return Noted(values=tuple(self.notes))
         return None
+
+    async def _answer(self, answer: asyncio.Future[Message], message: Later) -> None:
+        try:
+            await asyncio.sleep(message.seconds)
+            if message.fails:
+                answer.set_exception(Busy("still not"))
+            else:
+                answer.set_result(Echoed(value=1))
+        finally:
+            answer.cancel()
 
     async def stopped(self) -> None:
         self.was_stopped = True

@@ -14,8 +14,9 @@ from asyncpipe.actors import ActorRef, ActorSystem, RestartPolicy, TensorPort
 from asyncpipe.errors import Broken, Busy, Closed, Invalid, Refused, RemoteError, Timeout
 from asyncpipe.testing import FakeClock
 from asyncpipe.transport.base import LinkOptions
+from asyncpipe.wire.messages import Request
 from asyncpipe.wire.tensors import Tensor
-from tests.contract.actors_under_test import Echo, Fail, GetNotes, Note, Recorder, Slow
+from tests.contract.actors_under_test import Echo, Echoed, Fail, GetNotes, Later, Note, Recorder, Slow
 from tests.support import run
 
 OPTIONS = LinkOptions(window=4)
@@ -65,6 +66,38 @@ def test_errors_travel_as_data(scheme: str) -> None:
             assert (await ref.ask(Echo(value=1), timeout=2)).value == 1, "an error of ours is no crash"
             with pytest.raises(RemoteError, match="ZeroDivisionError: oh no"):
                 await ref.ask(Fail(how="crash"), timeout=2)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_answer_may_come_later_than_the_next(scheme: str) -> None:
+    async def scenario() -> None:
+        async with recorder(scheme) as (ref, _, _):
+            order: list[str] = []
+
+            async def ask(name: str, message: Request[Echoed]) -> None:
+                await ref.ask(message, timeout=5)
+                order.append(name)
+
+            await asyncio.gather(ask("later", Later(seconds=0.2)), ask("next", Echo(value=1)))
+            assert order == ["next", "later"]
+            with pytest.raises(Busy, match="still not"):
+                await ref.ask(Later(seconds=0.01, fails=True), timeout=5)
+            assert (await ref.ask(Echo(value=3), timeout=2)).value == 3
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_answers_that_are_to_come_end_with_their_actor(scheme: str) -> None:
+    async def scenario() -> None:
+        async with recorder(scheme) as (ref, actor, _):
+            asked = asyncio.ensure_future(ref.ask(Later(seconds=60), timeout=60))
+            await ref.ask(Echo(value=1), timeout=2)
+            await actor.system.stop(actor.ref)
+            with pytest.raises(Closed, match="recorder has stopped"):
+                await asked
 
     run(scenario())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
 from asyncpipe_coordinator.shell.clients import Clients
+from asyncpipe_coordinator.shell.long_prompts import LongPrompts
 from asyncpipe_coordinator.shell.outbox import SendFailed
 from asyncpipe_coordinator.shell.pool import WorkerPool
 from asyncpipe_coordinator.shell.requests import OpenChoice, check_prompt
@@ -114,6 +116,7 @@ class CoordinatorActor(Actor):
         self._num_epochs = 0
         self._in_flight: dict[int, InFlight] = {}  # by micro-batch
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
+        self._long_prompts = LongPrompts(codec, max_tokens=model.max_context_len - 1, accept=self._on_tokenized)
 
     # --- for the service, on the same loop ---
 
@@ -143,19 +146,25 @@ class CoordinatorActor(Actor):
     async def started(self) -> None:
         self._clients = Clients(self.system, owner=self.ref)
 
-    async def handle(self, message: AnyMessage) -> Message | None:
+    async def stopped(self) -> None:
+        self._long_prompts.close()
+
+    async def handle(self, message: AnyMessage) -> Message | asyncio.Future[Accepted] | None:
         try:
             return self._dispatch(message)
         finally:
             self._clients.send_updates(self._on_client_failed)
 
-    def _dispatch(self, message: AnyMessage) -> Message | None:
+    def _dispatch(self, message: AnyMessage) -> Message | asyncio.Future[Accepted] | None:
         match message:
             case Tokens():
                 self._on_tokens(message)
+            case Generate() if LongPrompts.is_one(message):
+                return self._on_long_prompt(message)
             case Generate():
-                return self._on_generate(message)
+                return self._on_generate(message, self._sender())
             case Cancel():
+                self._long_prompts.cancel(message.request_id, self._sender())
                 self._on_cancel(message.request_id, self._sender())
             case Join():
                 return self._on_join(message)
@@ -177,10 +186,24 @@ class CoordinatorActor(Actor):
                 assert_never(message)
         return None
 
-    def _on_generate(self, message: Generate) -> Accepted:
+    def _on_long_prompt(self, message: Generate) -> asyncio.Future[Accepted]:
+        answer: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self.background(self._long_prompts.tokenize(message, self._sender(), answer), name="tokenize")
+        return answer
+
+    def _on_tokenized(self, message: Generate, sender: ActorRef, is_cancelled: bool) -> Accepted:
+        try:
+            accepted = self._on_generate(message, sender)
+            if is_cancelled:
+                self._on_cancel(message.request_id, sender)
+            return accepted
+        finally:
+            self._clients.send_updates(self._on_client_failed)
+
+    def _on_generate(self, message: Generate, sender: ActorRef) -> Accepted:
         token_ids = self._prompt_tokens(message)
-        key = self._unique(message.request_id)
-        client = self._clients.get(self._sender())
+        key = self._unique(message.request_id, sender)
+        client = self._clients.get(sender)
         sampling, now_s = message.sampling, time.monotonic()
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         if message.generated_token_ids and sampling.n > 1:
@@ -419,9 +442,9 @@ class CoordinatorActor(Actor):
             raise Invalid("this message needs a sender to answer to")
         return self.sender
 
-    def _unique(self, request_id: str) -> str:
+    def _unique(self, request_id: str, sender: ActorRef) -> str:
         """Two clients may choose the same id; one client may not use it twice at once."""
-        key = f"{self._sender().node}/{request_id}"
+        key = f"{sender.node}/{request_id}"
         if any(_choice_id(key, choice) in self._open for choice in range(MAX_CHOICES)):
             raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
         return key

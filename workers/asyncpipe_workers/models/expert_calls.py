@@ -26,14 +26,14 @@ class ExpertCalls:
         weigh, add_weighed = (row_kernel("WeightedRows", self._x_1D, hidden_size, is_added) for is_added in (False, True))
         if weigh is None or add_weighed is None:
             raise NotImplementedError(f"no kernels for rows of {hidden_size}")
+        from asyncpipe_workers.compiled.chain import CallLists
+
         self._weigh, self._add_weighed = weigh, add_weighed
         memory = TapeMemory()
         tapes = [Tape(memory, is_dry=True) for _ in experts]
         results = [self._noted(expert, tape) for expert, tape in zip(experts, tapes, strict=True)]
         if len({(result.data_ptr(), len(tape.calls)) for result, tape in zip(results, tapes, strict=True)}) > 1:
             raise NotImplementedError("experts are not alike")
-        from asyncpipe_workers.compiled.chain import CallLists
-
         self._y_1D = results[0]
         self._compute = CallLists(tapes)
 

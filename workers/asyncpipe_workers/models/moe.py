@@ -22,7 +22,7 @@ from asyncpipe_workers.models.decoder import DecoderConfig, GatedFeedForward, Re
 from asyncpipe_workers.models.expert_calls import ExpertCalls
 from asyncpipe_workers.models.row_kernels import row_kernel
 from asyncpipe_workers.models.units import Blocks
-from asyncpipe_workers.models.weights import Rows, Weights
+from asyncpipe_workers.models.weights import Linear, Rows, Weights
 from asyncpipe_workers.tape import new_tensor
 
 
@@ -143,7 +143,9 @@ class Experts:
 
     @functools.cached_property
     def _calls(self) -> ExpertCalls | None:
-        """None where experts call anything else than compiled kernels."""
+        """None where experts call anything else than compiled kernels, as they do where weights come and go."""
+        if isinstance(self.experts[0].down, Linear):
+            return None
         with contextlib.suppress(NotImplementedError):
             return ExpertCalls([expert.apply for expert in self.experts], self._hidden_size)
         return None
