@@ -134,26 +134,30 @@ def make_large_model(directory: Path, shape: Shape, *, dtype: str = "float32") -
     return checkpoint.num_bytes
 
 
+def _outer(checkpoint: _Checkpoint, vocab: int, hidden: int) -> dict[str, torch.Tensor]:
+    """Of a Llama or its like."""
+    import torch
+
+    return {
+        "model.embed_tokens.weight": checkpoint.matrix(vocab, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": checkpoint.matrix(vocab, hidden),
+    }
+
+
+def _attention_sizes(hidden: int, q_size: int, kv_size: int) -> dict[str, tuple[int, int]]:
+    sizes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden), "v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+    return {f"self_attn.{name}": size for name, size in sizes.items()}
+
+
 def make_large_llama(directory: Path, shape: LlamaShape, *, dtype: str = "float32") -> int:
     """A random Llama, with a file for each layer and a head of its own; returns its bytes."""
     import torch
     from transformers import LlamaConfig
 
     hidden, checkpoint = shape.hidden, _Checkpoint(directory, dtype)
-    kv_size = shape.kv_heads * (hidden // shape.heads)
-    checkpoint.save(
-        "outer.safetensors",
-        {
-            "model.embed_tokens.weight": checkpoint.matrix(shape.vocab, hidden),
-            "model.norm.weight": torch.ones(hidden),
-            "lm_head.weight": checkpoint.matrix(shape.vocab, hidden),
-        },
-    )
-    sizes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv_size, hidden),
-        "self_attn.v_proj": (kv_size, hidden),
-        "self_attn.o_proj": (hidden, hidden),
+    checkpoint.save("outer.safetensors", _outer(checkpoint, shape.vocab, hidden))
+    sizes = _attention_sizes(hidden, hidden, shape.kv_heads * (hidden // shape.heads)) | {
         "mlp.gate_proj": (shape.intermediate, hidden),
         "mlp.up_proj": (shape.intermediate, hidden),
         "mlp.down_proj": (hidden, shape.intermediate),
@@ -188,20 +192,8 @@ def make_large_moe(directory: Path, shape: MoEShape, *, dtype: str = "float32") 
     from transformers import Qwen3MoeConfig
 
     hidden, checkpoint = shape.hidden, _Checkpoint(directory, dtype)
-    q_size, kv_size = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    checkpoint.save(
-        "outer.safetensors",
-        {
-            "model.embed_tokens.weight": checkpoint.matrix(shape.vocab, hidden),
-            "model.norm.weight": torch.ones(hidden),
-            "lm_head.weight": checkpoint.matrix(shape.vocab, hidden),
-        },
-    )
-    sizes = {
-        "self_attn.q_proj": (q_size, hidden),
-        "self_attn.k_proj": (kv_size, hidden),
-        "self_attn.v_proj": (kv_size, hidden),
-        "self_attn.o_proj": (hidden, q_size),
+    checkpoint.save("outer.safetensors", _outer(checkpoint, shape.vocab, hidden))
+    sizes = _attention_sizes(hidden, shape.heads * shape.head_size, shape.kv_heads * shape.head_size) | {
         "mlp.gate": (shape.experts, hidden),
     }
     for expert in range(shape.experts):

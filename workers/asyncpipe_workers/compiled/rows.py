@@ -117,11 +117,10 @@ class WeightedRows(RowKernel):
             b.write(b.fadd(b.read(place, b.floats), own) if self._is_added else own, place)
 
 
-class ScaleRows(RowKernel):
-    """x, of `size` numbers, whose rows are `stride` numbers apart, times a factor, in its place."""
+class ChangedRows(RowKernel):
+    """x, of `size` numbers, whose rows are `stride` numbers apart, in its place."""
 
-    def __init__(self, lanes: int, factor: float) -> None:
-        self._factor = factor
+    def __init__(self, lanes: int) -> None:
         super().__init__(lanes, ("x",), ("rows", "size", "stride"))
 
     def build_row(self, row: ir.Value) -> None:
@@ -129,7 +128,21 @@ class ScaleRows(RowKernel):
         x, _, size, stride = self.arguments.values()
         with b.loop(0, size, self.lanes) as n:
             place = b.at(x, b.plus(b.times(row, stride), n), FLOAT32)
-            b.write(b.fmul(b.read(place, b.floats), b.all_lanes(b.floats, self._factor)), place)
+            b.write(self.changed(b.read(place, b.floats)), place)
+
+    @abstractmethod
+    def changed(self, x: ir.Value) -> ir.Value: ...
+
+
+class ScaleRows(ChangedRows):
+    """Times a factor."""
+
+    def __init__(self, lanes: int, factor: float) -> None:
+        self._factor = factor
+        super().__init__(lanes)
+
+    def changed(self, x: ir.Value) -> ir.Value:
+        return self.b.fmul(x, self.b.all_lanes(self.b.floats, self._factor))
 
 
 class TurnRows(RowKernel):
@@ -171,20 +184,15 @@ class GateRows(RowKernel):
             b.write(b.fmul(activated, up), b.at(y, b.plus(b.times(row, size), n), FLOAT32))
 
 
-class ActivationRows(RowKernel):
-    """The activation of x, of `size` numbers, whose rows are `stride` numbers apart, in its place. Raises NotImplementedError
-    for one that is not there."""
+class ActivationRows(ChangedRows):
+    """The activation. Raises NotImplementedError for one that is not there."""
 
     def __init__(self, lanes: int, activation: str) -> None:
         self._activation = _instructions(activation)
-        super().__init__(lanes, ("x",), ("rows", "size", "stride"))
+        super().__init__(lanes)
 
-    def build_row(self, row: ir.Value) -> None:
-        b = self.b
-        x, _, size, stride = self.arguments.values()
-        with b.loop(0, size, self.lanes) as n:
-            place = b.at(x, b.plus(b.times(row, stride), n), FLOAT32)
-            b.write(self._activation(b, b.read(place, b.floats)), place)
+    def changed(self, x: ir.Value) -> ir.Value:
+        return self._activation(self.b, x)
 
 
 def _instructions(activation: str) -> Callable[[Builder, ir.Value], ir.Value]:
