@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-
 REPLACEMENT = "\ufffd"
 
 
@@ -44,9 +43,8 @@ class TextCodec:
         """From tokenizer.json, or from OPT's vocab.json and merges.txt. Raises Invalid."""
         from tokenizers import Tokenizer
 
-        os.environ.setdefault(
-            PARALLELISM, "false"
-        )  # of several texts; with it, processes that are started later would complain
+        # It is not for single texts, and processes that are started after it was used complain.
+        os.environ.setdefault(PARALLELISM, "false")
         file = path / "tokenizer.json"
         try:
             if file.is_file():
