@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -102,10 +103,11 @@ class Client:
         session = self._sessions.current
         inbox = session.inboxes.open(message.request_id, num_choices=message.sampling.n)
         num_open = message.sampling.n
+        asked_at_s = time.monotonic()
         try:
-            accepted = await session.coordinator.ask(message, timeout=min(timeout_s, CONTROL_TIMEOUT_S))
+            accepted = await session.coordinator.ask(message, timeout=timeout_s)  # long prompts wait to be tokenized
             yield accepted
-            async for event in inbox.events(timeout_s=timeout_s):
+            async for event in inbox.events(timeout_s=timeout_s, waited_s=time.monotonic() - asked_at_s):
                 num_open -= isinstance(event, Finished)
                 yield event
         finally:

@@ -34,10 +34,11 @@ class Inbox:
         self._events.append(event)
         self._wake()
 
-    async def events(self, *, timeout_s: float) -> AsyncGenerator[Event, None]:
-        """Pieces, and a Finished for every choice. Raises what ended the request, or Timeout after `timeout_s` in total."""
+    async def events(self, *, timeout_s: float, waited_s: float = 0.0) -> AsyncGenerator[Event, None]:
+        """Pieces, and a Finished for every choice. Raises what ended the request, or Timeout after `timeout_s` in total, of
+        which `waited_s` are over."""
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + timeout_s
+        deadline_s = loop.time() + timeout_s - waited_s
         alarm = loop.call_at(deadline_s, self._wake)  # one for all waits: a token comes often, a deadline hardly ever
         try:
             while self._num_open:

@@ -87,18 +87,18 @@ async def _generate_all(
 ) -> Run:
     run = Run(outcomes=[None] * len(prompts))
     printer = _Printer(run, prompts, num_choices=arguments.n, as_json=arguments.json, quiet=arguments.quiet)
-    room = asyncio.Semaphore(MAX_IN_FLIGHT)
+    waiting = iter(range(len(prompts)))
 
-    async def one(index: int) -> None:
-        async with room:
+    async def take_turns() -> None:
+        for index in waiting:
             run.outcomes[index] = await _attempt(
                 client.stream(prompts[index].sent, timeout_s=arguments.timeout, **options), show=printer.shower(index)
             )
-        printer.finished()
+            printer.finished()
 
     async with asyncio.TaskGroup() as group:
-        for index in range(len(prompts)):
-            group.create_task(one(index))
+        for _ in range(min(MAX_IN_FLIGHT, len(prompts))):
+            group.create_task(take_turns())
     run.ended_at_s = time.monotonic()
     printer.close()
     with contextlib.suppress(AsyncPipeError):

@@ -187,6 +187,22 @@ def test_ctrl_c_at_any_moment_leaves_nothing_behind(checkpoint: Path) -> None:
     assert not list(Path("/dev/shm").glob("*asyncpipe*"))
 
 
+def test_ctrl_c_ends_a_hundred_thousand_prompts_at_once(tmp_path: Path) -> None:
+    """When all of them waited for their turn, each as a task, to cancel them took minutes."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import \n" * 100_000)
+    command = [sys.executable, "-m", "asyncpipe_coordinator", "generate", "--prompt-file", str(prompts)]
+    command += ["--device", "sim:layer_ms=1", "--json", "--quiet"]
+    results = tmp_path / "results.jsonl"
+    with results.open("wb") as output, subprocess.Popen(command, stdout=output, preexec_fn=heed_ctrl_c) as process:
+        deadline_s = time.monotonic() + 30
+        while not results.stat().st_size and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=15) == 130
+    assert results.stat().st_size
+
+
 def test_workers_die_with_a_coordinator_that_is_killed(checkpoint: Path) -> None:
     marker = f"asyncpipe-test-{os.getpid()}-killed"
     command = [sys.executable, "-m", "asyncpipe_coordinator", "serve", str(checkpoint), "--stages", "2", "--json"]

@@ -41,7 +41,7 @@ class Requests:
     def __init__(self) -> None:
         self.codec = SlowCodec()
         self.accepted: list[tuple[str, ActorRef, bool]] = []
-        self.prompts = LongPrompts(cast(TextCodec, self.codec), max_tokens=10, accept=self._accept)
+        self.prompts = LongPrompts(cast(TextCodec, self.codec), max_tokens=10, max_waiting=4, accept=self._accept)
 
     def begin(self, request_id: str, *, text: str = LONG, client: ActorRef = CLIENT) -> asyncio.Future[Accepted]:
         answer: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
@@ -100,17 +100,15 @@ def test_one_that_is_refused_says_why_and_holds_up_no_other() -> None:
     run(scenario())
 
 
-def test_too_many_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_prompts, "MAX_WAITING", 2)
-
+def test_too_many_are_refused_at_once() -> None:
     async def scenario() -> None:
         requests = Requests()
-        answers = [requests.begin(name) for name in "abc"]
-        with pytest.raises(Busy, match="2 long prompts wait"):
-            await answers[2]
+        answers = [requests.begin(name) for name in "abcde"]
+        with pytest.raises(Busy, match="4 long prompts wait"):
+            await answers[4]
         requests.codec.may_go_on.set()
-        assert [(await answer).request_id for answer in answers[:2]] == ["a", "b"]
-        assert (await requests.begin("d")).request_id == "d", "there is room again"
+        assert [(await answer).request_id for answer in answers[:4]] == [*"abcd"]
+        assert (await requests.begin("f")).request_id == "f", "there is room again"
         requests.prompts.close()
 
     run(scenario())

@@ -116,7 +116,12 @@ class CoordinatorActor(Actor):
         self._num_epochs = 0
         self._in_flight: dict[int, InFlight] = {}  # by micro-batch
         self._open: dict[str, OpenChoice] = {}  # by the machine's request id
-        self._long_prompts = LongPrompts(codec, max_tokens=model.max_context_len - 1, accept=self._on_tokenized)
+        self._long_prompts = LongPrompts(
+            codec,
+            max_tokens=model.max_context_len - 1,
+            max_waiting=machine.limits.max_waiting,
+            accept=self._on_tokenized,
+        )
 
     # --- for the service, on the same loop ---
 

@@ -15,7 +15,6 @@ from asyncpipe.wire.messages import Accepted, Generate
 from asyncpipe_coordinator.text import TextCodec
 
 LONG_TEXT = 4000  # characters: a few milliseconds
-MAX_WAITING = 64
 
 Accept = Callable[[Generate, ActorRef, bool], Accepted]
 """Of a request with token ids, its sender, and whether that has cancelled it. Raises AsyncPipeError."""
@@ -29,10 +28,11 @@ class _Waiting:
 
 
 class LongPrompts:
-    def __init__(self, codec: TextCodec, *, max_tokens: int, accept: Accept) -> None:
+    def __init__(self, codec: TextCodec, *, max_tokens: int, max_waiting: int, accept: Accept) -> None:
         """`accept` is called on the event loop, between messages."""
         self._codec = codec
         self._max_tokens = max_tokens
+        self._max_waiting = max_waiting
         self._accept = accept
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._waiting: list[_Waiting] = []
@@ -46,8 +46,8 @@ class LongPrompts:
         waiting = _Waiting(client, message.request_id)
         self._waiting.append(waiting)
         try:
-            if len(self._waiting) > MAX_WAITING:
-                raise Busy(f"{MAX_WAITING} long prompts wait to be tokenized; try again in a second", retry_after_s=1.0)
+            if len(self._waiting) > self._max_waiting:
+                raise Busy(f"{self._max_waiting} long prompts wait to be tokenized already", retry_after_s=1.0)
             loop, text = asyncio.get_running_loop(), message.prompt or ""
             token_ids = await loop.run_in_executor(self._thread, self._codec.encode, text, self._max_tokens)
             tokenized = msgspec.structs.replace(message, prompt=None, prompt_token_ids=token_ids)
