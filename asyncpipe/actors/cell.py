@@ -86,7 +86,7 @@ class Cell:
         end: AsyncPipeError = closed_error(self.ref.name)
         try:
             if (crash := await self._live()) is not None:
-                end = crash if isinstance(crash, AsyncPipeError) else RemoteError(f"{type(crash).__name__}: {crash}")
+                end = _as_ours(crash)
                 if self._policy.escalate:
                     raise crash
         finally:
@@ -94,11 +94,14 @@ class Cell:
             self.mailbox.close(Closed(f"actor {self.ref.name} has stopped: {end}"))
             self.ended.set_result(end)
 
-    def run_beside(self, coroutine: Coroutine[Any, Any, None], task_of: Callable[..., asyncio.Task[None]]) -> None:
+    def run_beside(
+        self, coroutine: Coroutine[Any, Any, None], task_of: Callable[..., asyncio.Task[None]]
+    ) -> asyncio.Task[None]:
         task = task_of(self._guarded(coroutine))
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
         task.add_done_callback(lambda _: coroutine.close())  # of a task that was cancelled before it began
+        return task
 
     async def _live(self) -> Exception | None:
         """None after an orderly stop; the last crash when there was one too many."""
@@ -176,7 +179,7 @@ async def _answer(actor: Actor, letter: Letter) -> None:
     except AsyncPipeError as error:
         reply(error)
     except Exception as error:
-        reply(RemoteError(f"{type(error).__name__}: {error}"))
+        reply(_as_ours(error))
         raise
     except BaseException:
         reply(closed_error(actor.ref.name))
@@ -193,6 +196,8 @@ def _outcome(done: asyncio.Future[Any], actor: Actor) -> Any:
     if done.cancelled():
         return closed_error(actor.ref.name)
     error = done.exception()
-    if error is None:
-        return done.result()
+    return done.result() if error is None else _as_ours(error)
+
+
+def _as_ours(error: BaseException) -> AsyncPipeError:
     return error if isinstance(error, AsyncPipeError) else RemoteError(f"{type(error).__name__}: {error}")

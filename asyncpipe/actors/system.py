@@ -155,9 +155,9 @@ class ActorSystem:
             cell.task.cancel()
             await asyncio.wait({cell.ended}, timeout=timeout)
 
-    def run_beside(self, ref: ActorRef, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
+    def run_beside(self, ref: ActorRef, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """See `Actor.background`."""
-        self.cell(ref.name).run_beside(coroutine, lambda guarded: self._group.create_task(guarded, name=name))
+        return self.cell(ref.name).run_beside(coroutine, lambda guarded: self._group.create_task(guarded, name=name))
 
     def cell(self, name: ActorName) -> Cell:
         """For routes. Raises Refused for an actor that does not run here, Closed when none do any more."""

@@ -82,9 +82,7 @@ class Recorder(Actor):
                 await asyncio.sleep(message.seconds)
                 return Echoed(value=0)
             case Later():
-                answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-                self.background(self._answer(answer, message), name="later")
-                return answer
+                return self.answer_later(self._later(message), name="later")
             case Fail(how="busy"):
                 raise Busy("not now", retry_after_s=1.5)
             case Fail():
@@ -95,15 +93,11 @@ class Recorder(Actor):
                 return Noted(values=tuple(self.notes))
         return None
 
-    async def _answer(self, answer: asyncio.Future[Message], message: Later) -> None:
-        try:
-            await asyncio.sleep(message.seconds)
-            if message.fails:
-                answer.set_exception(Busy("still not"))
-            else:
-                answer.set_result(Echoed(value=1))
-        finally:
-            answer.cancel()
+    async def _later(self, message: Later) -> Message:
+        await asyncio.sleep(message.seconds)
+        if message.fails:
+            raise Busy("still not")
+        return Echoed(value=1)
 
     async def stopped(self) -> None:
         self.was_stopped = True

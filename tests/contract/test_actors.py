@@ -102,6 +102,18 @@ def test_answers_that_are_to_come_end_with_their_actor(scheme: str) -> None:
     run(scenario())
 
 
+def test_an_answer_that_has_not_been_begun_ends_with_its_actor_too() -> None:
+    async def scenario() -> None:
+        async with recorder("local") as (ref, actor, here):
+            asked = asyncio.ensure_future(ref.ask(Later(seconds=60), timeout=60))
+            await asyncio.sleep(0)  # it is in the mailbox, and the stop comes right behind it
+            await here.stop(actor.ref)
+            with pytest.raises(Closed, match="recorder has stopped"):
+                await asked
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_ask_that_is_not_answered_says_what_whom_and_how_long(scheme: str) -> None:
     async def scenario() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -43,15 +42,9 @@ class Requests:
         self.accepted: list[tuple[str, ActorRef, bool]] = []
         self.prompts = LongPrompts(cast(TextCodec, self.codec), max_tokens=10, max_waiting=4, accept=self._accept)
 
-    def begin(self, request_id: str, *, text: str = LONG, client: ActorRef = CLIENT) -> asyncio.Future[Accepted]:
-        answer: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self.tasks = [*getattr(self, "tasks", []), asyncio.ensure_future(self._tokenize(request_id, text, client, answer))]
-        return answer
-
-    def _tokenize(
-        self, request_id: str, text: str, client: ActorRef, answer: asyncio.Future[Accepted]
-    ) -> Coroutine[Any, Any, None]:
-        return self.prompts.tokenize(Generate(request_id=request_id, prompt=text, sampling=Sampling()), client, answer)
+    def begin(self, request_id: str, *, text: str = LONG, client: ActorRef = CLIENT) -> asyncio.Task[Accepted]:
+        message = Generate(request_id=request_id, prompt=text, sampling=Sampling())
+        return asyncio.ensure_future(self.prompts.tokenize(message, client))
 
     def _accept(self, message: Generate, client: ActorRef, is_cancelled: bool) -> Accepted:
         assert message.prompt is None
@@ -119,9 +112,10 @@ def test_who_waits_is_told_when_it_ends() -> None:
         requests = Requests()
         answer = requests.begin("a")
         await asyncio.sleep(0)
-        requests.tasks[0].cancel()
+        answer.cancel()
         await asyncio.wait([answer], timeout=5)
         assert answer.cancelled()
+        assert not requests.prompts._waiting, "its place is free"
         requests.codec.may_go_on.set()
         requests.prompts.close()
 

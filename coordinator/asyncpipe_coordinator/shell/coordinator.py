@@ -165,7 +165,7 @@ class CoordinatorActor(Actor):
             case Tokens():
                 self._on_tokens(message)
             case Generate() if LongPrompts.is_one(message):
-                return self._on_long_prompt(message)
+                return self.answer_later(self._long_prompts.tokenize(message, self._sender()), name="tokenize")
             case Generate():
                 return self._on_generate(message, self._sender())
             case Cancel():
@@ -190,11 +190,6 @@ class CoordinatorActor(Actor):
             case _:
                 assert_never(message)
         return None
-
-    def _on_long_prompt(self, message: Generate) -> asyncio.Future[Accepted]:
-        answer: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self.background(self._long_prompts.tokenize(message, self._sender(), answer), name="tokenize")
-        return answer
 
     def _on_tokenized(self, message: Generate, sender: ActorRef, is_cancelled: bool) -> Accepted:
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from asyncpipe.actors import ActorRef
-from asyncpipe.errors import AsyncPipeError, Busy
+from asyncpipe.errors import Busy
 from asyncpipe.wire.messages import Accepted, Generate
 from asyncpipe_coordinator.text import TextCodec
 
@@ -41,8 +41,8 @@ class LongPrompts:
     def is_one(message: Generate) -> bool:
         return message.prompt_token_ids is None and message.prompt is not None and len(message.prompt) > LONG_TEXT
 
-    async def tokenize(self, message: Generate, client: ActorRef, answer: asyncio.Future[Accepted]) -> None:
-        """And accept it then; `answer` is told how that went."""
+    async def tokenize(self, message: Generate, client: ActorRef) -> Accepted:
+        """And accept it then. Raises Busy, and what `accept` and the codec raise."""
         waiting = _Waiting(client, message.request_id)
         self._waiting.append(waiting)
         try:
@@ -51,12 +51,9 @@ class LongPrompts:
             loop, text = asyncio.get_running_loop(), message.prompt or ""
             token_ids = await loop.run_in_executor(self._thread, self._codec.encode, text, self._max_tokens)
             tokenized = msgspec.structs.replace(message, prompt=None, prompt_token_ids=token_ids)
-            answer.set_result(self._accept(tokenized, client, waiting.is_cancelled))
-        except AsyncPipeError as error:
-            answer.set_exception(error)
+            return self._accept(tokenized, client, waiting.is_cancelled)
         finally:
             self._waiting.remove(waiting)
-            answer.cancel()  # when nothing else has been said
 
     def cancel(self, request_id: str, client: ActorRef) -> None:
         """One that waits ends as soon as it is accepted."""
