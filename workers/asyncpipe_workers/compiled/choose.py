@@ -6,7 +6,7 @@ import math
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, COUNT, FLOAT32, Variable
+from asyncpipe_workers.compiled.builder import BYTE, COUNT, FLOAT32
 from asyncpipe_workers.compiled.rows import RowKernel
 
 
@@ -18,6 +18,7 @@ class ChooseExperts(RowKernel):
         self._num_experts = num_experts
         self._num_chosen = num_chosen
         self._sum_to_one = sum_to_one
+        self._room = -(-num_experts // lanes) * lanes  # whole vectors
         super().__init__(lanes, ("scores", "chosen", "shares"), ("rows",))
 
     def build_row(self, row: ir.Value) -> None:
@@ -25,7 +26,7 @@ class ChooseExperts(RowKernel):
         scores, chosen, shares, _ = self.arguments.values()
         own = b.at(scores, b.times(row, self._num_experts), FLOAT32)
         self._marks = b.room(self._num_experts, BYTE)
-        self._weights = b.room(-(-self._num_experts // self.lanes) * self.lanes, FLOAT32)
+        self._weights = b.room(self._room, FLOAT32)
         total = self._weigh(own)
         with b.loop(0, self._num_chosen):
             self._mark_largest(own)
@@ -40,17 +41,16 @@ class ChooseExperts(RowKernel):
     def _weigh(self, scores: ir.Value) -> ir.Value:
         """Powers of e, of which the largest is one; returns their sum. Nothing is marked."""
         b = self.b
-        size = -(-self._num_experts // self.lanes) * self.lanes
         lowest = b.all_lanes(b.floats, -math.inf)
-        b.write(lowest, b.at(self._weights, size - self.lanes, FLOAT32))
+        b.write(lowest, b.at(self._weights, self._room - self.lanes, FLOAT32))
         with b.loop(0, self._num_experts) as n:
             b.write(b.read(b.at(scores, n, FLOAT32), FLOAT32), b.at(self._weights, n, FLOAT32))
             b.write(ir.Constant(BYTE, 0), b.at(self._marks, n))
         largest, total = b.variable(lowest), b.variable(b.all_lanes(b.floats, 0.0))
-        with b.loop(0, size, self.lanes) as n:
+        with b.loop(0, self._room, self.lanes) as n:
             largest.set(b.larger(largest.get(), b.read(b.at(self._weights, n, FLOAT32), b.floats)))
         top = b.spread(b.largest(largest.get()))
-        with b.loop(0, size, self.lanes) as n:
+        with b.loop(0, self._room, self.lanes) as n:
             place = b.at(self._weights, n, FLOAT32)
             weights = b.exp(b.fsub(b.read(place, b.floats), top))
             total.set(b.fadd(total.get(), weights))
@@ -72,7 +72,7 @@ class ChooseExperts(RowKernel):
 
     def _sum_of_marked(self) -> ir.Value:
         b, zero = self.b, ir.Constant(FLOAT32, 0.0)
-        total: Variable = b.variable(zero)
+        total = b.variable(zero)
         with b.loop(0, self._num_experts) as expert:
             total.set(b.fadd(total.get(), b.select(self._is_marked(expert), self._weight(expert), zero)))
         return total.get()

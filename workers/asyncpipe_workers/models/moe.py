@@ -114,7 +114,7 @@ class Experts:
         num_rows, num_experts = scores_TX.shape
         choose = row_kernel("ChooseExperts", scores_TX, 0, num_experts, self._num_chosen, self._sums_to_one)
         if choose is None:
-            return self._by_expert(x_TD, self._choices(scores_TX))
+            return self._by_expert(x_TD, self._chosen_by_torch(scores_TX))
         choices = Choices(new_tensor(num_rows, self._num_chosen, dtype=torch.int64), new_tensor(num_rows, self._num_chosen))
         choose((scores_TX, *choices), (num_rows,))
         calls = self._calls  # made by the first step of all, which is on no tape
@@ -122,7 +122,7 @@ class Experts:
             return calls(x_TD, *choices)
         return self._by_expert(x_TD, choices)
 
-    def _choices(self, scores_TX: torch.Tensor) -> Choices:
+    def _chosen_by_torch(self, scores_TX: torch.Tensor) -> Choices:
         shares_TN, chosen_TN = torch.softmax(scores_TX.float(), dim=-1).topk(self._num_chosen, dim=-1)
         if self._sums_to_one:
             shares_TN = shares_TN / shares_TN.sum(dim=-1, keepdim=True)
