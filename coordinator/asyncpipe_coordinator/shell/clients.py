@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from asyncpipe.actors import ActorRef, ActorSystem
 from asyncpipe.errors import AsyncPipeError
-from asyncpipe.wire.messages import Updates
+from asyncpipe.wire.messages import Failed, Finished, Piece, PromptScored, Updates
 from asyncpipe_coordinator.shell.outbox import Outbox
-from asyncpipe_coordinator.shell.requests import Recipient, Update
 
 STALL_S = 20.0  # a client that takes nothing for so long is cut off
+
+Update = Piece | PromptScored | Finished | Failed
+
+
+@dataclass(slots=True, eq=False)
+class Recipient:
+    """A client: where its updates go, and those that wait for the end of the message at hand."""
+
+    ref: ActorRef
+    outbox: Outbox
+    outbox_ref: ActorRef
+    updates: list[Update] = field(default_factory=list)
 
 
 class Clients:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, assert_never
-
-import msgspec
 
 from asyncpipe.actors import Actor, ActorRef, Down
 from asyncpipe.errors import AsyncPipeError, Invalid, Refused, StageLost, WireError, from_data, to_data
 from asyncpipe.wire.messages import (
     Accepted,
     Cancel,
-    Failed,
-    Finished,
     Generate,
     Join,
     Message,
-    PromptScored,
     StageFailed,
     Step,
     Tokens,
-    Usage,
     Welcome,
     WorkerToCoordinator,
 )
-from asyncpipe.wire.sampling import MAX_CHOICES, FinishReason
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.model_files import ModelInfo
@@ -37,13 +30,12 @@ from asyncpipe_coordinator.shell.clients import Clients
 from asyncpipe_coordinator.shell.long_prompts import LongPrompts
 from asyncpipe_coordinator.shell.outbox import SendFailed
 from asyncpipe_coordinator.shell.pool import WorkerPool
-from asyncpipe_coordinator.shell.requests import OpenChoice, check_prompt
+from asyncpipe_coordinator.shell.requests import Requests
 from asyncpipe_coordinator.shell.workers import Worker
 from asyncpipe_coordinator.text import TextCodec
 
 COORDINATOR_ACTOR = "coordinator"
 TICK_S = 0.25
-SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring choices get unrelated seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +84,7 @@ AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
 
 
 class CoordinatorActor(Actor):
-    """Owns the machine; everything it knows about the outside is in `_pool`, `_open` and `_clients`."""
+    """Owns the machine; everything it knows about the outside is in `_pool`, `_requests` and `_clients`."""
 
     receives: ClassVar[Any] = Generate | Cancel | WorkerToCoordinator
     mailbox_capacity: ClassVar[int] = 1024
@@ -115,7 +107,6 @@ class CoordinatorActor(Actor):
         self._is_up = False
         self._num_epochs = 0
         self._in_flight: dict[int, InFlight] = {}  # by micro-batch
-        self._open: dict[str, OpenChoice] = {}  # by the machine's request id
         self._long_prompts = LongPrompts(
             codec,
             max_tokens=model.max_context_len - 1,
@@ -150,15 +141,14 @@ class CoordinatorActor(Actor):
 
     async def started(self) -> None:
         self._clients = Clients(self.system, owner=self.ref)
+        self._requests = Requests(self._clients, codec=self._codec, model=self._model)
 
     async def stopped(self) -> None:
         self._long_prompts.close()
 
     async def handle(self, message: AnyMessage) -> Message | asyncio.Future[Accepted] | None:
-        try:
+        with self._updates():
             return self._dispatch(message)
-        finally:
-            self._clients.send_updates(self._on_client_failed)
 
     def _dispatch(self, message: AnyMessage) -> Message | asyncio.Future[Accepted] | None:
         match message:
@@ -170,7 +160,7 @@ class CoordinatorActor(Actor):
                 return self._on_generate(message, self._sender())
             case Cancel():
                 self._long_prompts.cancel(message.request_id, self._sender())
-                self._on_cancel(message.request_id, self._sender())
+                self._cancel(self._requests.of(self._sender(), request_id=message.request_id))
             case Join():
                 return self._on_join(message)
             case StageFailed():
@@ -192,55 +182,17 @@ class CoordinatorActor(Actor):
         return None
 
     def _on_tokenized(self, message: Generate, sender: ActorRef, is_cancelled: bool) -> Accepted:
-        try:
+        with self._updates():
             accepted = self._on_generate(message, sender)
             if is_cancelled:
-                self._on_cancel(message.request_id, sender)
+                self._cancel(self._requests.of(sender, request_id=message.request_id))
             return accepted
-        finally:
-            self._clients.send_updates(self._on_client_failed)
 
     def _on_generate(self, message: Generate, sender: ActorRef) -> Accepted:
-        token_ids = self._prompt_tokens(message)
-        key = self._unique(message.request_id, sender)
-        client = self._clients.get(sender)
-        sampling, now_s = message.sampling, time.monotonic()
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        if message.generated_token_ids and sampling.n > 1:
-            raise Invalid(f"a request of {sampling.n} texts cannot go on after the tokens of one")
-        for choice in range(sampling.n):
-            self._open[_choice_id(key, choice)] = OpenChoice.create(
-                message.request_id,
-                choice,
-                client=client,
-                codec=self._codec,
-                sampling=sampling,
-                generated_token_ids=message.generated_token_ids,
-            )
-        for choice in range(sampling.n):
-            self._handle(
-                events.Submitted(
-                    request_id=_choice_id(key, choice),
-                    client=client.ref,
-                    prompt_token_ids=token_ids,
-                    sampling=sampling if choice == 0 else msgspec.structs.replace(sampling, prompt_logprobs=None),
-                    seed=(seed + choice * SEED_STEP) % 2**63,
-                    priority=message.priority,
-                    deadline_at_s=None if message.deadline_s is None else now_s + message.deadline_s,
-                    at_s=now_s,
-                    generated_token_ids=message.generated_token_ids,
-                )
-            )
-        return Accepted(request_id=message.request_id, prompt_token_ids=token_ids, seed=seed)
-
-    def _prompt_tokens(self, message: Generate) -> tuple[int, ...]:
-        if (message.prompt is None) == (message.prompt_token_ids is None):
-            raise Invalid("give either prompt or prompt_token_ids")
-        token_ids = message.prompt_token_ids
-        if token_ids is None:
-            token_ids = self._codec.encode(message.prompt or "")
-        check_prompt(token_ids, self._model)
-        return token_ids
+        accepted, submitted = self._requests.open(message, sender)
+        for event in submitted:
+            self._handle(event)
+        return accepted
 
     def _on_tokens(self, tokens: Tokens) -> None:
         if not self._is_from(self._num_stages - 1):
@@ -252,11 +204,6 @@ class CoordinatorActor(Actor):
             self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
         except WireError as error:
             self._lose_pipeline([self._num_stages - 1], StageLost(f"the last stage broke the protocol: {error}"))
-
-    def _on_cancel(self, client_request_id: str, client: ActorRef) -> None:
-        for request_id, open_choice in list(self._open.items()):
-            if open_choice.client.ref == client and open_choice.request_id == client_request_id:
-                self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
     def _on_join(self, message: Join) -> Welcome:
         if self._pool is None:
@@ -346,8 +293,15 @@ class CoordinatorActor(Actor):
         if client is None:
             return
         self.background(self.system.stop(client.outbox_ref), name="stop outbox")
-        for request_id in [r for r, request in self._open.items() if request.client is client]:
-            self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
+        self._cancel(self._requests.of(ref))
+
+    @contextmanager
+    def _updates(self) -> Iterator[None]:
+        """One message to each client for all that happens to its requests meanwhile."""
+        try:
+            yield
+        finally:
+            self._clients.send_updates(self._on_client_failed)
 
     def _on_client_failed(self, client: ActorRef, error: AsyncPipeError) -> None:
         self.ref.signal(SendFailed(client, error))
@@ -364,11 +318,11 @@ class CoordinatorActor(Actor):
                 case commands.IssueStep():
                     self._issue(command.step)
                 case commands.EmitPromptLogprobs():
-                    self._score(command)
+                    self._requests.score(command)
                 case commands.FinishRequest():
-                    self._finish(command)
+                    self._requests.finish(command)
                 case commands.FailRequest():
-                    self._fail(command)
+                    self._cancel(self._requests.fail(command))
                 case _:
                     assert_never(command)
 
@@ -383,48 +337,12 @@ class CoordinatorActor(Actor):
             self.ref.signal(SendFailed(first, error))
 
     def _emit(self, command: commands.EmitToken, *, is_last: bool) -> None:
-        request = self._open.get(command.request_id)
-        if request is None or request.num_to_stop is not None:
-            return
-        self._clients.update(request.client, request.piece(command, is_last=is_last))
-        if request.stops.found:
-            request.num_to_stop = command.index + 1
+        if self._requests.emit(command, is_last=is_last):
             self._handle(events.StopStringFound(request_id=command.request_id, at_s=time.monotonic()))
 
-    def _score(self, command: commands.EmitPromptLogprobs) -> None:
-        request = self._open.get(command.request_id)
-        if request is not None:
-            self._clients.update(request.client, PromptScored(request_id=request.request_id, logprobs=command.logprobs))
-
-    def _finish(self, command: commands.FinishRequest) -> None:
-        request = self._open.pop(command.request_id, None)
-        if request is None:
-            return
-        reason, num_tokens = command.finish_reason, command.num_completion_tokens
-        if request.num_to_stop is not None:  # of several steps at once: more was computed, perhaps to another end
-            reason, num_tokens = FinishReason.STOP, request.num_to_stop
-        usage = Usage(
-            prompt_tokens=command.num_prompt_tokens,
-            completion_tokens=num_tokens,
-            time_to_first_token_s=command.time_to_first_token_s,
-            total_s=command.total_s,
-        )
-        finished = Finished(
-            request_id=request.request_id,
-            finish_reason=reason,
-            text=request.rest(),
-            usage=usage,
-            choice=request.choice,
-        )
-        self._clients.update(request.client, finished)
-
-    def _fail(self, command: commands.FailRequest) -> None:
-        """One choice that fails takes the others of its request with it."""
-        request = self._open.pop(command.request_id, None)
-        if request is None:
-            return
-        self._clients.update(request.client, Failed(request_id=request.request_id, error=command.error))
-        self._on_cancel(request.request_id, request.client.ref)
+    def _cancel(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._handle(events.Cancelled(request_id=request_id, at_s=time.monotonic()))
 
     # --- small things ---
 
@@ -441,15 +359,3 @@ class CoordinatorActor(Actor):
         if self.sender is None:
             raise Invalid("this message needs a sender to answer to")
         return self.sender
-
-    def _unique(self, request_id: str, sender: ActorRef) -> str:
-        """Two clients may choose the same id; one client may not use it twice at once."""
-        key = f"{sender.node}/{request_id}"
-        if any(_choice_id(key, choice) in self._open for choice in range(MAX_CHOICES)):
-            raise Invalid(f"request id {request_id!r} is in use; ids must be unique")
-        return key
-
-
-def _choice_id(key: str, choice: int) -> str:
-    """The machine's id of one choice of a request."""
-    return f"{key}#{choice}"
