@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -168,7 +168,7 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path, monkey
     class Slow(PlainLinear):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             made.append("slow")
-            time.sleep(0.1)  # longer than a busy machine takes for the others
+            time.sleep(0.02)  # longer than a busy machine takes for the others
             return super().__call__(x)
 
     class Broken(PlainLinear):
@@ -184,6 +184,34 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path, monkey
     quickest._remembered.cache_clear()  # as at the next start
     assert quickest_form("form", makers, 256, torch.float32) == "plain"
     assert not made
+
+
+def test_forms_that_are_compared_take_turns(cache: Path) -> None:
+    """So that whoever else computes here for a moment disturbs all of them."""
+    called: list[str] = []
+
+    def calls(name: str) -> list[Callable[[], torch.Tensor]]:
+        return [lambda: called.append(name) or torch.zeros(1)]
+
+    assert quickest.quickest("work", {name: partial(calls, name) for name in "abc"}) in ("a", "b", "c")
+    assert called == list("abc") * (1 + quickest.ROUNDS)
+
+
+def test_of_a_large_weight_a_part_is_compared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of millions would take seconds, and as much memory again."""
+    tried: list[int] = []
+
+    class Form(PlainLinear):
+        def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+            tried.append(len(weight))
+            super().__init__(weight, bias)
+
+    monkeypatch.setattr(kernels, "TRIED_NUMBERS", 64 * 1000)
+    monkeypatch.setattr(kernels, "TRIED_OUTPUTS_PER_THREAD", 1)
+    linears = FloatLinears(torch.float32)
+    monkeypatch.setattr(linears, "forms", lambda stored: {"one": Form, "other": Form})
+    linears(numbers(10_000, 64), None)
+    assert tried == [1000, 1000, 10_000]
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ import torch
 
 from asyncpipe.cache_dir import cache_dir
 
-MIN_TRIALS = 5  # one of which nobody disturbs
-MAX_TRIALS = 100
-TRIAL_S = 0.05  # of trials of one call, where there are neither too few nor too many
+ROUNDS = 9  # in one of which nobody disturbs
+READ_BETWEEN_BYTES = 64 << 20  # so that nothing is in a cache: what a model multiplies with comes from memory
 MIN_GAIN = 0.9  # of the first way's time: what is not quicker than that is not worth another way
 CACHE_FILE = "kernels.json"
 
@@ -46,13 +45,10 @@ def quickest(what: str, ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str
 
 @torch.inference_mode()
 def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
-    times: dict[str, list[float]] = {}
-    for name, calls in ways.items():
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            times[name] = [_seconds(call) for call in calls()]
-    if not times:
+    there = {name: calls for name, make in ways.items() if (calls := _that_work(make))}
+    if not there:
         raise NotImplementedError(f"not on this processor: {', '.join(ways)}")
-    first = next(iter(times))
+    times, first = _best_times(there), next(iter(there))
     relative = {
         name: statistics.geometric_mean(own / other for own, other in zip(each, times[first], strict=True))
         for name, each in times.items()
@@ -61,15 +57,31 @@ def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
     return best if relative[best] < MIN_GAIN else first
 
 
-def _seconds(call: Call) -> float:
-    """The best of some trials, after one that warms up."""
+def _that_work(make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
+    """None, where one raises that it is not there. All have been called once, to warm up."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        calls = make()
+        for call in calls:
+            call()
+        return calls
+    return ()
+
+
+def _best_times(ways: Mapping[str, Sequence[Call]]) -> Mapping[str, Sequence[float]]:
+    """Seconds of each call. All ways take turns, so that who else is busy on this machine disturbs none more than another."""
+    between = torch.ones(READ_BETWEEN_BYTES // torch.int64.itemsize, dtype=torch.int64)
+    rounds: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, calls in ways.items():
+            rounds[name].append([_seconds(call, between) for call in calls])
+    return {name: [min(each) for each in zip(*times, strict=True)] for name, times in rounds.items()}
+
+
+def _seconds(call: Call, between: torch.Tensor) -> float:
+    between.sum()
+    start_s = time.perf_counter()
     call()
-    times: list[float] = []
-    while len(times) < MIN_TRIALS or (sum(times) < TRIAL_S and len(times) < MAX_TRIALS):
-        start_s = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start_s)
-    return min(times)
+    return time.perf_counter() - start_s
 
 
 @functools.cache

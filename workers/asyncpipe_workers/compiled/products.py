@@ -48,6 +48,7 @@ class DotProduct(Product):
     lane_inputs: ClassVar[int]
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
+    asked_bytes: ClassVar[int] = ASKED_BYTES
 
     def multiply(self) -> None:
         b = self.b
@@ -78,7 +79,7 @@ class DotProduct(Product):
         b = self.b
         rows = [self.row_numbers(b.plus(row, n)) for n in range(num_rows)]
         weights = [self.weight_row(b.plus(output, n)) for n in range(num_outputs)]
-        asked = ASKED_BYTES if num_outputs == 1 else b.times(self.row_bytes, num_outputs)
+        asked = self.asked_bytes if num_outputs == 1 else b.times(self.row_bytes, num_outputs)
         zero = b.all_lanes(self.sums, 0)
         sums = {(r, o): b.variable(zero) for r in range(num_rows) for o in range(num_outputs)}
 
@@ -204,6 +205,7 @@ class Float16Product(FloatProduct):
 
     features = HALF_FEATURES
     weight_number = FLOAT16
+    asked_bytes = ASKED_BYTES // 2  # a vector of 32 bits for each lane takes half as many, and asks as often
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         return self.b.fpext(numbers, self.b.floats)
@@ -213,6 +215,7 @@ class BFloat16Product(FloatProduct):
     """Weights in bfloat16, as in `Float16Product`: they are the first half of a float32."""
 
     weight_number = HALF_WORD
+    asked_bytes = Float16Product.asked_bytes
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         b = self.b

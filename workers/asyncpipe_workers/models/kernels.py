@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from asyncpipe_workers.quickest import Call, quickest
 
 TRIED_ROWS = (1, 8, 32, 128)
+TRIED_NUMBERS = 1 << 22  # of a weight
+TRIED_OUTPUTS_PER_THREAD = 256
 MAX_ROWS = 512  # beyond, both forms are bound by arithmetic
 PACKED_FOR_ROWS = 32  # oneDNN chooses the layout of a packed weight for a batch; this one does well with others too
 
@@ -87,7 +89,7 @@ class FloatLinears:
     def _quickest(self, stored: torch.dtype, shape: tuple[int, int]) -> LinearMaker:
         @functools.cache
         def weight() -> torch.Tensor:
-            return torch.randn(shape).mul_(0.02).to(stored)
+            return torch.randn(tried_outputs(*shape), shape[1]).mul_(0.02).to(stored)
 
         forms = self.forms(stored)
         makers = {name: lambda form=form: form(weight(), None) for name, form in forms.items()}
@@ -129,6 +131,11 @@ def weight_first_is_faster(dtype: torch.dtype) -> bool:
         "weight first": lambda: [lambda: torch.mm(operands()[1], operands()[0].t())],
     }
     return quickest(f"{dtype}", ways) == "weight first"
+
+
+def tried_outputs(out_size: int, in_size: int) -> int:
+    """How many of a weight are enough to tell which form is quickest: as many as take a moment, and give all threads work."""
+    return min(out_size, max(TRIED_NUMBERS // in_size, TRIED_OUTPUTS_PER_THREAD * torch.get_num_threads()))
 
 
 def quickest_form(what: str, makers: Mapping[str, Callable[[], ResidentLinear]], in_size: int, dtype: torch.dtype) -> str:

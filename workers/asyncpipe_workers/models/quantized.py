@@ -14,7 +14,7 @@ import torch
 from asyncpipe_workers.memory.quantization import Codec, GroupCodec, RowCodec
 from asyncpipe_workers.models.int4 import Int4Linear
 from asyncpipe_workers.models.int8 import Int8Linear
-from asyncpipe_workers.models.kernels import PlainLinear, ResidentLinear, quickest_form
+from asyncpipe_workers.models.kernels import PlainLinear, ResidentLinear, quickest_form, tried_outputs
 
 PackedForm = Callable[[torch.Tensor, int, torch.Tensor | None], ResidentLinear]
 """Of packed rows (O, B), their number of inputs, and a bias (O,). Raises NotImplementedError for what it is not for."""
@@ -73,7 +73,7 @@ class QuantizedLinears:
             return list(forms.values())
 
         def make(form: PackedForm) -> ResidentLinear:
-            linear = form(codec.encode(torch.randn(1, in_size)).repeat(out_size, 1), in_size, None)
+            linear = form(codec.encode(torch.randn(1, in_size)).repeat(tried_outputs(out_size, in_size), 1), in_size, None)
             if isinstance(linear, Int8Linear):
                 linear.pack()
             return linear
