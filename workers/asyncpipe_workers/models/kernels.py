@@ -76,15 +76,13 @@ class FloatLinears:
         return make(weight, bias)
 
     def forms(self, stored: torch.dtype) -> Mapping[str, LinearMaker]:
-        """For weights of that type; where they are about as quick, the first."""
-        forms: dict[str, LinearMaker] = {"plain": self._converted(PlainLinear), "packed": self._converted(PackedLinear)}
+        """For weights of that type; where they are about as quick, the first. What is compiled can be played from a tape."""
+        forms: dict[str, LinearMaker] = {}
         with contextlib.suppress(ImportError):
             from asyncpipe_workers.compiled.linears import CompiledFloatLinear
 
-            compiled: dict[str, LinearMaker] = {"compiled": CompiledFloatLinear}
-            is_smaller = stored.itemsize < self.dtype.itemsize
-            forms = compiled | forms if is_smaller else forms | compiled
-        return forms
+            forms["compiled"] = CompiledFloatLinear
+        return forms | {"plain": self._converted(PlainLinear), "packed": self._converted(PackedLinear)}
 
     def _quickest(self, stored: torch.dtype, shape: tuple[int, int]) -> LinearMaker:
         @functools.cache
