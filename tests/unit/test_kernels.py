@@ -177,12 +177,12 @@ def test_the_quickest_form_is_measured_once_for_this_machine(cache: Path, monkey
 
     forms = {"slow": Slow, "broken": Broken, "plain": PlainLinear}
     makers = {name: partial(form, numbers(256, 256), None) for name, form in forms.items()}
-    assert quickest_form("form", makers, 256, torch.float32) == "plain"
+    assert quickest_form("form", makers, (256, 256), torch.float32) == "plain"
     (choices,) = json.loads(cache.read_text()).values()
     assert list(choices.values()) == ["plain"]
     made.clear()
     quickest._remembered.cache_clear()  # as at the next start
-    assert quickest_form("form", makers, 256, torch.float32) == "plain"
+    assert quickest_form("form", makers, (256, 256), torch.float32) == "plain"
     assert not made
 
 
@@ -267,5 +267,5 @@ def test_weights_in_fewer_bits_are_the_same_numbers(
 def test_a_damaged_memory_of_choices_is_measured_anew(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text('{"a": [1]}')
-    assert quickest_form("form", {"plain": partial(PlainLinear, numbers(16, 16), None)}, 16, torch.float32) == "plain"
+    assert quickest_form("form", {"plain": partial(PlainLinear, numbers(16, 16), None)}, (16, 16), torch.float32) == "plain"
     assert "plain" in cache.read_text()

@@ -21,34 +21,35 @@ import torch
 from asyncpipe.cache_dir import cache_dir
 
 ROUNDS = 9  # in one of which nobody disturbs
-READ_BETWEEN_BYTES = 64 << 20  # so that nothing is in a cache: what a model multiplies with comes from memory
+MOST_BETWEEN_BYTES = 64 << 20  # more than a cache holds
 MIN_GAIN = 0.9  # of the first way's time: what is not quicker than that is not worth another way
 CACHE_FILE = "kernels.json"
 
 Call = Callable[[], torch.Tensor]
 
 
-def quickest(what: str, ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
+def quickest(what: str, ways: Mapping[str, Callable[[], Sequence[Call]]], *, between_bytes: int = MOST_BETWEEN_BYTES) -> str:
     """The name of the way that is best over all its calls, which are of the same work, in the same order, for each.
 
     The first way is preferred where others gain little. One that raises RuntimeError or NotImplementedError is not there on
     this processor; where none is, that is a NotImplementedError. `what`, the names and the number of threads are what the
-    choice is remembered by.
+    choice is remembered by. Between two calls as many bytes are read as a model reads before it comes to the same weight
+    again, which is in no cache then unless the model is small.
     """
     key = f"{'|'.join(ways)} {what} {torch.get_num_threads()} threads"
     choices = _remembered()
     if choices.get(key) not in ways:
-        choices[key] = _measured(ways)
+        choices[key] = _measured(ways, between_bytes)
         _remember(key, choices[key])
     return choices[key]
 
 
 @torch.inference_mode()
-def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]]) -> str:
+def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]], between_bytes: int) -> str:
     there = {name: calls for name, make in ways.items() if (calls := _that_work(make))}
     if not there:
         raise NotImplementedError(f"not on this processor: {', '.join(ways)}")
-    times, first = _best_times(there), next(iter(there))
+    times, first = _best_times(there, between_bytes), next(iter(there))
     relative = {
         name: statistics.geometric_mean(own / other for own, other in zip(each, times[first], strict=True))
         for name, each in times.items()
@@ -67,9 +68,9 @@ def _that_work(make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
     return ()
 
 
-def _best_times(ways: Mapping[str, Sequence[Call]]) -> Mapping[str, Sequence[float]]:
+def _best_times(ways: Mapping[str, Sequence[Call]], between_bytes: int) -> Mapping[str, Sequence[float]]:
     """Seconds of each call. All ways take turns, so that who else is busy on this machine disturbs none more than another."""
-    between = torch.ones(READ_BETWEEN_BYTES // torch.int64.itemsize, dtype=torch.int64)
+    between = torch.ones(min(between_bytes, MOST_BETWEEN_BYTES) // torch.int64.itemsize, dtype=torch.int64)
     rounds: dict[str, list[list[float]]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, calls in ways.items():

@@ -21,6 +21,7 @@ from asyncpipe_workers.quickest import Call, quickest
 TRIED_ROWS = (1, 8, 32, 128)
 TRIED_NUMBERS = 1 << 22  # of a weight
 TRIED_OUTPUTS_PER_THREAD = 256
+OTHER_WEIGHTS = 64  # of a model, as large as the one at hand, and a byte for each of their numbers
 MAX_ROWS = 512  # beyond, both forms are bound by arithmetic
 PACKED_FOR_ROWS = 32  # oneDNN chooses the layout of a packed weight for a batch; this one does well with others too
 
@@ -92,7 +93,7 @@ class FloatLinears:
         forms = self.forms(stored)
         makers = {name: lambda form=form: form(weight(), None) for name, form in forms.items()}
         kind = f"{self.dtype}" if stored == self.dtype else f"{stored} as {self.dtype}"
-        return forms[quickest_form(f"{kind} {shape[0]}x{shape[1]}", makers, shape[1], self.dtype)]
+        return forms[quickest_form(kind, makers, shape, self.dtype)]
 
     def _converted(self, form: LinearMaker) -> LinearMaker:
         return lambda weight, bias: form(weight.to(self.dtype), bias)
@@ -136,11 +137,15 @@ def tried_outputs(out_size: int, in_size: int) -> int:
     return min(out_size, max(TRIED_NUMBERS // in_size, TRIED_OUTPUTS_PER_THREAD * torch.get_num_threads()))
 
 
-def quickest_form(what: str, makers: Mapping[str, Callable[[], ResidentLinear]], in_size: int, dtype: torch.dtype) -> str:
-    """The name of the form that is best over few and many rows, of those that make the same linear."""
+def quickest_form(
+    what: str, makers: Mapping[str, Callable[[], ResidentLinear]], shape: tuple[int, int], dtype: torch.dtype
+) -> str:
+    """The name of the form that is best over few and many rows, of those that make the same linear, for weights of `shape`."""
+    out_size, in_size = shape
 
     def calls(make: Callable[[], ResidentLinear]) -> list[Call]:
         linear = make()
         return [functools.partial(linear, torch.randn(rows, in_size).to(dtype)) for rows in TRIED_ROWS]
 
-    return quickest(what, {name: functools.partial(calls, make) for name, make in makers.items()})
+    ways = {name: functools.partial(calls, make) for name, make in makers.items()}
+    return quickest(f"{what} {out_size}x{in_size}", ways, between_bytes=OTHER_WEIGHTS * out_size * in_size)

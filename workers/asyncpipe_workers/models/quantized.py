@@ -78,10 +78,9 @@ class QuantizedLinears:
                 linear.pack()
             return linear
 
-        what = f"{codec.compression.num_bits} bits {out_size}x{in_size}"
         makers = {name: partial(make, form) for name, form in forms.items()}
         try:
-            best = quickest_form(what, makers, in_size, self._dtype)
+            best = quickest_form(f"{codec.compression.num_bits} bits", makers, shape, self._dtype)
         except NotImplementedError:
             return []
         return [forms[name] for name in sorted(forms, key=lambda name: name != best)]
