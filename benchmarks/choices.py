@@ -17,11 +17,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from peer_cases import MODELS, THREADS
@@ -29,22 +29,37 @@ from random_model import Shape
 from report import print_result
 from tqdm import tqdm
 
+from asyncpipe_workers.c_runtime import prepare_c_runtime
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
-from asyncpipe_workers.models.kernels import FloatLinears
+from asyncpipe_workers.models.kernels import FloatLinears, LinearMaker
 from asyncpipe_workers.models.quantized import QuantizedLinears
 from asyncpipe_workers.quickest import CACHE_FILE
 
-FORMS = {"fp32": torch.float32, "fp16": torch.float16, "int8": RowCodec(), "int4": GroupCodec()}
+CPU = torch.device("cpu")
+FORMS: Mapping[str, tuple[torch.dtype, LinearMaker]] = {
+    "fp32": (torch.float32, FloatLinears(torch.float32)),
+    "fp16": (torch.float16, FloatLinears(torch.float32)),
+    "int8": (torch.float32, QuantizedLinears(RowCodec(), CPU, torch.float32)),
+    "int4": (torch.float32, QuantizedLinears(GroupCodec(), CPU, torch.float32)),
+}
+"""What a weight is made of, and what makes its linear."""
 TIMES = 10
 QUICK_TIMES = 3
 TIMEOUT_S = 300.0
 
-OPT_MODELS = {name: model for name, model in MODELS.items() if isinstance(model.shape, Shape)}
+SHAPES = {name: model.shape for name, model in MODELS.items() if isinstance(model.shape, Shape)}
+
+
+class Choice(NamedTuple):
+    """Of one weight at one start."""
+
+    form: str
+    seconds: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="opt-125m", choices=OPT_MODELS, help="whose shapes (default: opt-125m)")
+    parser.add_argument("--model", default="opt-125m", choices=SHAPES, help="whose shapes (default: opt-125m)")
     parser.add_argument("--forms", default=",".join(FORMS), help=f"what weights are stored in (default: {','.join(FORMS)})")
     parser.add_argument("--threads", type=int, default=THREADS, help=f"default: {THREADS}")
     parser.add_argument("--times", type=int, help=f"default: {TIMES}; quick: {QUICK_TIMES}")
@@ -54,73 +69,53 @@ def main() -> None:
     forms = arguments.forms.split(",")
     if unknown := [form for form in forms if form not in FORMS]:
         parser.error(f"--forms {','.join(unknown)}: use some of {', '.join(FORMS)}")
-    times = arguments.times or (QUICK_TIMES if arguments.quick else TIMES)
+    times = (QUICK_TIMES if arguments.quick else TIMES) if arguments.times is None else arguments.times
+    if times < 1:
+        parser.error(f"--times {times}: use 1 or more")
+    prepare_c_runtime()  # of the processes that are started
     once = functools.partial(choose, arguments.model, forms=forms, threads=arguments.threads)
-    print_result(results([apart(once) for _ in tqdm(range(times), unit="start", disable=None)]), as_json=arguments.json)
+    starts = [apart(once) for _ in tqdm(range(times), unit="start", disable=None)]
+    print_result({name: result([start[name] for start in starts]) for name in starts[0]}, as_json=arguments.json)
 
 
-def apart(work: functools.partial[Mapping[str, Any]]) -> Mapping[str, Any]:
+def apart(work: Callable[[], Mapping[str, Choice]]) -> Mapping[str, Choice]:
     """In a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(work).result(timeout=TIMEOUT_S)
 
 
-def choose(model: str, *, forms: list[str], threads: int) -> Mapping[str, Any]:
-    """For each form of each shape, what was chosen and the seconds that took."""
+def choose(model: str, *, forms: list[str], threads: int) -> Mapping[str, Choice]:
     torch.set_num_threads(threads)
-    shape = OPT_MODELS[model].shape
-    assert isinstance(shape, Shape)
-    hidden = shape.hidden
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden), (shape.vocab, hidden)]
-    found: dict[str, Any] = {}
+    hidden, vocab = SHAPES[model].hidden, SHAPES[model].vocab
+    shapes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden), (vocab, hidden)]
+    found: dict[str, Choice] = {}
+    known: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        known: set[str] = set()
         for form in forms:
+            dtype, make = FORMS[form]
             for out_size, in_size in shapes:
-                linears, weight = _linears(form), torch.zeros(out_size, in_size, dtype=_stored(form))
+                weight, shape = torch.zeros(out_size, in_size, dtype=dtype), f"{out_size}x{in_size}"
                 start_s = time.perf_counter()
-                linears(weight, None)
+                make(weight, None)
                 seconds = time.perf_counter() - start_s
                 choices = _choices(Path(folder))
-                (new,) = [key for key in choices.keys() - known if f"{out_size}x{in_size}" in key]
+                (new,) = [key for key in choices.keys() - known if shape in key]
                 known |= choices.keys()
-                found[f"{form}_{out_size}x{in_size}"] = (choices[new], seconds)
+                found[f"{form}_{shape}"] = Choice(choices[new], seconds)
     return found
 
 
-def _linears(form: str) -> FloatLinears | QuantizedLinears:
-    what = FORMS[form]
-    if isinstance(what, torch.dtype):
-        return FloatLinears(torch.float32)
-    return QuantizedLinears(what, torch.device("cpu"), torch.float32)
-
-
-def _stored(form: str) -> torch.dtype:
-    what = FORMS[form]
-    return what if isinstance(what, torch.dtype) else torch.float32
-
-
-def _choices(folder: Path) -> Mapping[str, str]:
+def _choices(folder: Path) -> dict[str, str]:
+    """All that this machine remembers."""
     (choices,) = json.loads((folder / "asyncpipe" / CACHE_FILE).read_text(encoding="utf-8")).values()
-    return choices
+    return dict(choices)
 
 
-def results(starts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    chosen: dict[str, Counter[str]] = defaultdict(Counter)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for start in starts:
-        for name, (choice, took_s) in start.items():
-            chosen[name][choice] += 1
-            seconds[name].append(took_s)
-    return {
-        name: {
-            "chosen": (most := counts.most_common(1)[0])[0],
-            "share": round(most[1] / counts.total(), 2),
-            "seconds": round(statistics.median(seconds[name]), 2),
-        }
-        for name, counts in chosen.items()
-    }
+def result(choices: Sequence[Choice]) -> Mapping[str, str | float]:
+    ((chosen, count),) = Counter(choice.form for choice in choices).most_common(1)
+    seconds = statistics.median(choice.seconds for choice in choices)
+    return {"chosen": chosen, "share": round(count / len(choices), 2), "seconds": round(seconds, 2)}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from peer_cases import MODELS, THREADS
 from report import print_result
 from tqdm import tqdm
 
-from asyncpipe_coordinator.shell.local_workers import KEEP_FREED_MEMORY
+from asyncpipe_workers.c_runtime import keep_freed_memory, prepare_c_runtime
 from asyncpipe_workers.checkpoint import FileRange
 from asyncpipe_workers.memory.mapped import MappedRanges
 from asyncpipe_workers.stage_model import StageModel
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, in under a minute")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     arguments = parser.parse_args()
-    if not os.environ.keys() >= KEEP_FREED_MEMORY.keys():  # as workers are started
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | KEEP_FREED_MEMORY).returncode)
+    prepare_c_runtime()
+    keep_freed_memory()
     torch.set_num_threads(THREADS)
     name = "opt-125m" if arguments.quick else "opt-1.3b"
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.transport.base import LinkOptions
 from asyncpipe.transport.keys import Keys, load_keys
 from asyncpipe_workers.affinity import keep_to_cpus
+from asyncpipe_workers.c_runtime import prepare_c_runtime
 from asyncpipe_workers.device import DeviceFacts, look_at
 from asyncpipe_workers.hidden_links import StageSeat
 from asyncpipe_workers.launcher import coordinator_address, device_of, find_place
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `asyncpipe-worker`; returns the exit status."""
+    prepare_c_runtime()
     die_with_parent()
     exit_on_term()
     arguments = build_parser().parse_args(argv)

@@ -11,6 +11,7 @@ from asyncpipe.model_place import find_checkpoint
 from asyncpipe.simulation import Simulation, is_simulation
 from asyncpipe.wire.messages import LoadStage
 from asyncpipe_workers.affinity import keep_to_cpus
+from asyncpipe_workers.c_runtime import keep_freed_memory
 from asyncpipe_workers.sim import SimulatedStage
 from asyncpipe_workers.stage_compute import StageCompute
 
@@ -37,6 +38,8 @@ def _load_model(plan: LoadStage, *, device: str) -> StageCompute:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise Invalid(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
+    if not plan.policy.moves_weights:  # whoever streams them counts every byte
+        keep_freed_memory()
     if plan.num_threads:
         torch.set_num_threads(plan.num_threads)
     try:

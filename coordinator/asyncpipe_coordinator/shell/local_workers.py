@@ -22,15 +22,6 @@ from asyncpipe_coordinator.shell.workers import OnLoss, OnProgress, Worker
 
 log = logging.getLogger(__name__)
 
-# Turns (a tenth of a millisecond) that a compute thread waits for the others before it sleeps. libgomp's own default is
-# milliseconds, in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
-SPIN_COUNT = "2500"
-# For glibc's malloc, which otherwise gives back what one layer has freed, to fault it in again, page by page, for the next one.
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # its greatest
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-}
 USAGE_EXIT = 2
 FILL_UP_AFTER_S = 1.0  # the pipeline comes first, and spares that cannot live must not keep the machine busy
 LAST_WORDS_S = 0.2  # for a lost worker to end by itself, before it is killed
@@ -125,12 +116,7 @@ class LocalWorkers:
         return started
 
     def _environment(self) -> Mapping[str, str]:
-        env = os.environ | {"ASYNCPIPE_TOKEN": self._token, "OMP_NUM_THREADS": str(self._config.threads)}
-        if "OMP_WAIT_POLICY" not in env:
-            env.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-        if self._config.moves_weights:  # whoever streams them counts every byte
-            return env
-        return KEEP_FREED_MEMORY | env
+        return os.environ | {"ASYNCPIPE_TOKEN": self._token, "OMP_NUM_THREADS": str(self._config.threads)}
 
     async def _watch(self, started: _Started) -> None:
         await started.process.wait()
