@@ -154,6 +154,7 @@ class _Connector:
         self._link: ZmqLink | None = None
         self._heart: Heart | None = None
         self._answer: asyncio.Future[ZmqLink] = asyncio.get_running_loop().create_future()
+        self._is_heard = False  # by somebody who speaks ZeroMQ and has not answered yet
         check_port(address)
         self._client = curve_client(address, options)
         self._failures = FailedHandshakes(address, self._client)
@@ -161,7 +162,8 @@ class _Connector:
         if self._client is not None:
             self._client.prepare(socket)
         # The monitor comes first: its events must not miss the connection's end.
-        self._monitor = Monitor(socket, int(zmq.EVENT_DISCONNECTED) | HANDSHAKE_FAILED, self._on_event)
+        watched = int(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED) | HANDSHAKE_FAILED
+        self._monitor = Monitor(socket, watched, self._on_event)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
@@ -173,8 +175,7 @@ class _Connector:
     async def handshake(self) -> ZmqLink:
         """Raises Timeout, Refused, WireError; then nothing is left open."""
         try:
-            with contextlib.suppress(Busy):  # ZeroMQ has given up on this listener already; the monitor tells why
-                self._socket.send([plain(Kind.HELLO), encode_hello(self._hello)])
+            self._say_hello()
             async with asyncio.timeout(self._options.handshake_s):
                 return await self._answer
         except TimeoutError:
@@ -184,6 +185,10 @@ class _Connector:
         except BaseException:
             self.close()
             raise
+
+    def _say_hello(self) -> None:
+        with contextlib.suppress(Busy):  # ZeroMQ has given up on this listener already; the monitor tells why
+            self._socket.send([plain(Kind.HELLO), encode_hello(self._hello)])
 
     def close(self) -> None:
         if self._heart is not None:
@@ -221,11 +226,16 @@ class _Connector:
         return link
 
     def _on_event(self, event: int, detail: int) -> None:
-        if event != zmq.EVENT_DISCONNECTED:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._is_heard = True
+        elif event != zmq.EVENT_DISCONNECTED:
             self._on_failed_handshake(event, detail)
         elif self._link is not None:
             self._socket.receive_all()  # its last words, and why it left
             self._link.on_disconnected()
+        elif self._is_heard and not self._answer.done():  # by one that was about to close: there may be another in its place
+            self._is_heard = False
+            self._say_hello()
 
     def _on_failed_handshake(self, event: int, detail: int) -> None:
         error = self._failures.error(event, detail)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 
 from asyncpipe.errors import Broken, Busy, Closed, Invalid, Refused, Timeout
-from asyncpipe.transport.base import Lane, Link, LinkOptions, Listener
+from asyncpipe.transport.base import Lane, Link, LinkOptions
 from asyncpipe.transport.keys import KeyPair, Keys
 from asyncpipe.transport.registry import transport_for
 from asyncpipe.wire.tensors import Buffer
@@ -24,6 +23,7 @@ from tests.contract.transport_peers import (
     free_name,
     joined,
     listen,
+    listen_when_free,
     until,
 )
 from tests.support import run
@@ -358,18 +358,6 @@ def test_the_connector_may_come_first(case: Case) -> None:
         await listener.close()
 
     run(scenario())
-
-
-async def listen_when_free(address: str, options: LinkOptions) -> tuple[Listener, list[Link]]:
-    """A socket closed a moment ago is given back in the background."""
-    deadline_s = time.monotonic() + 5
-    while True:
-        try:
-            return await listen(address, options=options)
-        except Invalid:
-            if time.monotonic() > deadline_s:
-                raise
-            await asyncio.sleep(0.01)
 
 
 # --- limits and numbers -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 
 from asyncpipe.errors import Broken, Invalid, WireError
 from asyncpipe.transport.base import Link, LinkOptions
@@ -30,6 +31,7 @@ from tests.contract.transport_peers import (
     free_name,
     joined,
     listen,
+    listen_when_free,
     num_open_files,
     until,
 )
@@ -389,6 +391,24 @@ def test_nothing_is_left_open_after_many_links(scheme: str) -> None:
             await use_one_link()
         await until(lambda: num_open_files() <= num_fds)  # ZeroMQ closes in the background
         assert named_shared_memory() <= shm_files
+
+    run(scenario())
+
+
+def test_a_listener_that_closes_without_an_answer_may_have_a_successor() -> None:
+    """As when a coordinator is started anew: the one before has still heard who greets it."""
+
+    async def scenario() -> None:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as before:
+            port = before.bind_to_random_port("tcp://127.0.0.1")
+            connecting = asyncio.create_task(connect(f"tcp://127.0.0.1:{port}"))
+            await until(lambda: before.poll(0))
+            before.close(linger=0)
+        listener, accepted = await listen_when_free(f"tcp://127.0.0.1:{port}", OPTIONS)
+        link = await connecting
+        assert len(accepted) == 1
+        await link.close()
+        await listener.close()
 
     run(scenario())
 

@@ -8,12 +8,13 @@ import gc
 import os
 import secrets
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import zmq
 
-from asyncpipe.errors import AsyncPipeError
+from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.ids import NodeId
 from asyncpipe.transport.base import Delivery, Link, LinkOptions, Listener
 from asyncpipe.transport.credit import Kind
@@ -62,6 +63,18 @@ async def listen(address: str, *, hello: Hello = SERVER, options: LinkOptions = 
     accepted: list[Link] = []
     listener = await transport_for(address).listen(address, hello=hello, on_link=accepted.append, options=options)
     return listener, accepted
+
+
+async def listen_when_free(address: str, options: LinkOptions) -> tuple[Listener, list[Link]]:
+    """A socket closed a moment ago is given back in the background."""
+    deadline_s = time.monotonic() + 5
+    while True:
+        try:
+            return await listen(address, options=options)
+        except Invalid:
+            if time.monotonic() > deadline_s:
+                raise
+            await asyncio.sleep(0.01)
 
 
 async def connect(address: str, *, hello: Hello = CLIENT, options: LinkOptions = OPTIONS) -> Link:
