@@ -5,19 +5,26 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
 
 # Turns (a tenth of a millisecond) that a compute thread waits for the others before it sleeps. libgomp's own default is
 # milliseconds, in which a thread that spins keeps off the core the one it waits for, when other programs need that core too.
 SPIN_COUNT = "2500"
 
-# Of glibc's mallopt: number, and the variable that says the same.
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = (
-    (-1, "MALLOC_TRIM_THRESHOLD_"),
-    (-3, "MALLOC_MMAP_THRESHOLD_"),
-    (-8, "MALLOC_ARENA_MAX"),
-)
+
+class _Setting(NamedTuple):
+    """Of glibc's mallopt, and the variable that says the same."""
+
+    number: int
+    variable: str
+
+
+TRIM_THRESHOLD = _Setting(-1, "MALLOC_TRIM_THRESHOLD_")
+MMAP_THRESHOLD = _Setting(-3, "MALLOC_MMAP_THRESHOLD_")
+ARENA_MAX = _Setting(-8, "MALLOC_ARENA_MAX")
+
 MOST_MAPPED_BYTES = 32 << 20  # the greatest there is
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 256 << 20  # at the end of the heap
 
 
 def prepare_c_runtime(env: MutableMapping[str, str] = os.environ) -> None:
@@ -33,10 +40,9 @@ def keep_freed_memory(env: Mapping[str, str] = os.environ) -> None:
     _set(TRIM_THRESHOLD, KEPT_BYTES, env)
 
 
-def _set(setting: tuple[int, str], value: int, env: Mapping[str, str]) -> None:
-    number, variable = setting
-    if variable in env or "glibc.malloc" in env.get("GLIBC_TUNABLES", ""):
+def _set(setting: _Setting, value: int, env: Mapping[str, str]) -> None:
+    if setting.variable in env or "glibc.malloc" in env.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
     if mallopt is not None:
-        mallopt(number, value)
+        mallopt(setting.number, value)
