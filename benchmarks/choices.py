@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from flags import some_of
 from peer_cases import MODELS, THREADS
 from random_model import Shape
 from report import print_result
@@ -66,9 +67,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer times: under 60 s")
     parser.add_argument("--json", action="store_true", help="print choices, shares and seconds as JSON")
     arguments = parser.parse_args()
-    forms = arguments.forms.split(",")
-    if unknown := [form for form in forms if form not in FORMS]:
-        parser.error(f"--forms {','.join(unknown)}: use some of {', '.join(FORMS)}")
+    forms = some_of(parser, "--forms", arguments.forms, FORMS)
     times = (QUICK_TIMES if arguments.quick else TIMES) if arguments.times is None else arguments.times
     if times < 1:
         parser.error(f"--times {times}: use 1 or more")

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from flags import some_of
 from one_stage import whole_model
 from peer_cases import MODELS, PROMPT_LEN, THREADS, Model
 from random_model import MoEShape
@@ -121,9 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer of everything: under 60 s")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     arguments = parser.parse_args()
-    forms = arguments.forms.split(",")
-    if unknown := [form for form in forms if form not in FORMS]:
-        parser.error(f"--forms {','.join(unknown)}: use some of {', '.join(FORMS)}")
+    forms = some_of(parser, "--forms", arguments.forms, FORMS)
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
