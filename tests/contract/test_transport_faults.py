@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -24,7 +23,6 @@ from tests.contract.transport_peers import (
     CLIENT,
     HEADER,
     OPTIONS,
-    SERVER,
     Recorder,
     Stranger,
     connect,
@@ -32,7 +30,6 @@ from tests.contract.transport_peers import (
     joined,
     listen,
     listen_when_free,
-    num_open_files,
     until,
 )
 from tests.support import run
@@ -166,6 +163,24 @@ def test_closing_while_the_listener_goes_away_never_hangs() -> None:
             await listener.close()
             time.sleep(0.001)  # noqa: ASYNC251 - so that ZeroMQ's thread closes first
             await link.close()
+
+    run(scenario())
+
+
+def test_a_listener_that_closes_without_an_answer_may_have_a_successor() -> None:
+    """As when a coordinator is started anew: the one before has still heard who greets it."""
+
+    async def scenario() -> None:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as before:
+            port = before.bind_to_random_port("tcp://127.0.0.1")
+            connecting = asyncio.create_task(connect(f"tcp://127.0.0.1:{port}"))
+            await until(lambda: before.poll(0))
+            before.close(linger=0)
+        listener, accepted = await listen_when_free(f"tcp://127.0.0.1:{port}", OPTIONS)
+        link = await connecting
+        assert len(accepted) == 1
+        await link.close()
+        await listener.close()
 
     run(scenario())
 
@@ -368,95 +383,3 @@ def test_a_socket_file_is_removed_and_strangers_files_are_not_touched(tmp_path: 
         assert path.read_text() == "precious"
 
     run(scenario())
-
-
-# --- nothing stays ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheme", ["memory", "inproc", "ipc", "tcp"])
-def test_nothing_is_left_open_after_many_links(scheme: str) -> None:
-    async def use_one_link() -> None:
-        address = "tcp://127.0.0.1:0" if scheme == "tcp" else f"{scheme}://{'@' * (scheme == 'ipc')}{free_name()}"
-        async with joined(address) as pair:
-            for _ in range(3):
-                await pair.ours.send([bytes(1 << 20)], timeout_s=5)
-                await pair.theirs.send([bytes(1 << 20)], timeout_s=5)
-            await pair.our_receiver.has(3)
-            await pair.their_receiver.has(3)
-
-    async def scenario() -> None:
-        await use_one_link()
-        num_fds, shm_files = num_open_files(), named_shared_memory()
-        for _ in range(5):
-            await use_one_link()
-        await until(lambda: num_open_files() <= num_fds)  # ZeroMQ closes in the background
-        assert named_shared_memory() <= shm_files
-
-    run(scenario())
-
-
-def test_a_listener_that_closes_without_an_answer_may_have_a_successor() -> None:
-    """As when a coordinator is started anew: the one before has still heard who greets it."""
-
-    async def scenario() -> None:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as before:
-            port = before.bind_to_random_port("tcp://127.0.0.1")
-            connecting = asyncio.create_task(connect(f"tcp://127.0.0.1:{port}"))
-            await until(lambda: before.poll(0))
-            before.close(linger=0)
-        listener, accepted = await listen_when_free(f"tcp://127.0.0.1:{port}", OPTIONS)
-        link = await connecting
-        assert len(accepted) == 1
-        await link.close()
-        await listener.close()
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("reason", ["refused", "nobody there"])
-def test_a_failed_connection_leaves_nothing_open(reason: str) -> None:
-    async def scenario() -> None:
-        listener, _ = await listen("tcp://127.0.0.1:0", hello=replace(SERVER, token=SERVER.node))
-        address = listener.address if reason == "refused" else f"ipc://@{free_name()}"
-
-        async def fail() -> None:
-            with pytest.raises(Exception, match=r"refused|nobody"):
-                await connect(address, options=replace(OPTIONS, handshake_s=0.2))
-
-        await fail()
-        num_fds = num_open_files()
-        for _ in range(3):
-            await fail()
-        await until(lambda: num_open_files() <= num_fds)
-        await listener.close()
-
-    run(scenario())
-
-
-def test_what_was_sent_before_closing_arrives_though_the_process_ends() -> None:
-    script = """
-import asyncio, sys
-from tests.contract.transport_peers import connect, OPTIONS
-from dataclasses import replace
-async def main():
-    link = await connect(sys.argv[1], options=replace(OPTIONS, shared_memory=False, handshake_s=20))
-    await link.send([bytes(64_000_000)], timeout_s=5)
-    await link.close()
-asyncio.run(main())
-"""
-
-    async def scenario() -> None:
-        listener, accepted = await listen(f"ipc://@{free_name()}")
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, listener.address)
-        await until(lambda: accepted, timeout_s=15)
-        accepted[0].start(receiver := Recorder())
-        await until(lambda: receiver.deliveries, timeout_s=15)
-        assert len(receiver.deliveries[0].frames[0]) == 64_000_000
-        assert await process.wait() == 0
-        await listener.close()
-
-    run(scenario(), timeout_s=40)
-
-
-def named_shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
