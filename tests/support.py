@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
@@ -24,6 +24,13 @@ def run(coroutine: Coroutine[Any, Any, T], *, timeout_s: float = 20.0) -> T:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(bounded())
+
+
+async def until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> None:
+    """It holds. Raises TimeoutError when it does not within `timeout_s`."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:

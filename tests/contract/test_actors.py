@@ -17,7 +17,7 @@ from asyncpipe.transport.base import LinkOptions
 from asyncpipe.wire.messages import Request
 from asyncpipe.wire.tensors import Tensor
 from tests.contract.actors_under_test import Echo, Echoed, Fail, GetNotes, Later, Note, Recorder, Slow
-from tests.support import run
+from tests.support import run, until
 
 OPTIONS = LinkOptions(window=4)
 SCHEMES = ["local", "memory", "ipc", "tcp"]
@@ -373,9 +373,3 @@ async def connected_ports(
     left.connect(await a.connect(await b.listen(an_address(scheme)), actor="port"))
     right.connect(await b.connect(await a.listen(an_address(scheme)), actor="port"))
     return left, right
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.001)

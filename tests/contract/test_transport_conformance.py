@@ -24,9 +24,8 @@ from tests.contract.transport_peers import (
     joined,
     listen,
     listen_when_free,
-    until,
 )
-from tests.support import run
+from tests.support import run, until
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,8 @@ from tests.contract.transport_peers import (
     joined,
     listen,
     num_open_files,
-    until,
 )
-from tests.support import run
+from tests.support import run, until
 
 ANY_PORT = "tcp://127.0.0.1:0"
 ATTEMPTS = 3

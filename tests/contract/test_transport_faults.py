@@ -30,9 +30,8 @@ from tests.contract.transport_peers import (
     joined,
     listen,
     listen_when_free,
-    until,
 )
-from tests.support import run
+from tests.support import run, until
 
 SILENT_AFTER_S = 0.6
 FAULT_OPTIONS = replace(OPTIONS, heartbeat_s=0.1, silence_s=SILENT_AFTER_S, handshake_s=20)

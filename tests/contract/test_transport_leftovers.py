@@ -18,9 +18,8 @@ from tests.contract.transport_peers import (
     joined,
     listen,
     num_open_files,
-    until,
 )
-from tests.support import run
+from tests.support import run, until
 
 
 @pytest.mark.parametrize("scheme", ["memory", "inproc", "ipc", "tcp"])

@@ -9,7 +9,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import zmq
@@ -21,6 +21,7 @@ from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.curve import curve_client
 from asyncpipe.transport.registry import transport_for
 from asyncpipe.wire.handshake import Hello, encode_hello
+from tests.support import until
 
 HEADER = struct.Struct("<BI")  # said again on purpose: the tests pin the format
 SERVER = Hello(node=NodeId("node-s"), role="coordinator")
@@ -51,12 +52,6 @@ class Recorder:
         """The messages, once there are `count` of them."""
         await until(lambda: len(self.deliveries) >= count, timeout_s=timeout_s)
         return self.bodies()
-
-
-async def until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def listen(address: str, *, hello: Hello = SERVER, options: LinkOptions = OPTIONS) -> tuple[Listener, list[Link]]:
