@@ -1,11 +1,12 @@
-"""One stage that takes several decode steps at once, beside one that takes them one by one.
+"""Pipelines that take several decode steps at once, beside the same ones that take them one by one.
 
     python benchmarks/multi_step.py
     python benchmarks/multi_step.py --quick --json
 
-A random model of OPT-125m's shape; generated tokens per second, in turn on the same worker. `ratio_int8_b1` is several steps at
-once over one by one, for one sequence in int8, and so on. `between_ms` is the part of a step's time in which the stage does not
-compute: the turn through the coordinator.
+A random model of OPT-125m's shape; generated tokens per second, in turn on the same workers. `ratio_int8_b1` is several steps
+at once over one by one, for one sequence in int8, and so on; `int8_n2` has two stages, and in `far_n2` they only take 5 ms for
+a step, and links 5 ms for a message. `between_ms` is what a step takes beyond its stages' computing: links, and the turn
+through the coordinator; where micro-batches overlap it is negative.
 """
 
 from __future__ import annotations
@@ -33,27 +34,38 @@ from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core import tuning
 from asyncpipe_coordinator.service import Service
 
+FAR_APART = "sim:layer_ms=0.83,link_ms=5,layers=12"
 OPT_125M = Shape(hidden=768, layers=12, vocab=50272)
 PROMPT_LEN = 32
-MAX_BATCH = 32
+NEW_TOKENS = 64
+BATCHES = (1, 8)
 
 
 @contextmanager
 def at_once(seconds: float) -> Iterator[None]:
-    """So many seconds of steps are taken at once."""
-    usual, tuning.AT_ONCE_S = tuning.AT_ONCE_S, seconds
+    """So many seconds of steps are taken at once, at the most."""
+    usual = tuning.AT_ONCE_S, tuning.ALONE_S
+    tuning.AT_ONCE_S, tuning.ALONE_S = (min(most_s, seconds) for most_s in usual)
     try:
         yield
     finally:
-        tuning.AT_ONCE_S = usual
+        tuning.AT_ONCE_S, tuning.ALONE_S = usual
 
 
 @asynccontextmanager
-async def serving(path: Path, *, quantize: str | None, threads: int) -> AsyncIterator[Client]:
+async def serving(path: Path, name: str, threads: int) -> AsyncIterator[Client]:
+    form, _, num_stages = name.partition("_n")
+    stages = int(num_stages or 1)
     config = ServiceConfig(
-        checkpoint=path, quantize=quantize, threads_per_stage=threads, max_sequences=MAX_BATCH, offload_dir=path.parent
+        checkpoint=path,
+        quantize=form if form in ("int8", "int4") else None,
+        device=FAR_APART if form == "far" else "cpu",
+        num_stages=stages,
+        threads_per_stage=max(threads // stages, 1),
+        max_sequences=max(BATCHES),
+        offload_dir=path.parent,
     )
-    async with Service.open(config) as service, connect(await service.listen(f"memory://{quantize}")) as client:
+    async with Service.open(config) as service, connect(await service.listen(f"memory://{name}")) as client:
         yield client
 
 
@@ -76,23 +88,18 @@ class Way:
 
 
 def _idle_s(status: Status) -> float:
-    return status.pipeline.measured_s - status.stages[0].busy_s
+    return status.pipeline.measured_s - sum(stage.busy_s for stage in status.stages)
 
 
 async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     make_large_model(path, OPT_125M)
-    forms = {"int8": "int8"} if arguments.quick else {"fp32": None, "int8": "int8", "int4": "int4"}
-    batches = (1, 8) if arguments.quick else (1, 8, MAX_BATCH)
-    new_tokens = 64 if arguments.quick else 128
+    names = ["int8", "int8_n2"] if arguments.quick else ["fp32", "int8", "int4", "fp32_n2", "int8_n2", "far_n2"]
     async with AsyncExitStack() as stack:
-        clients = {
-            name: await stack.enter_async_context(serving(path, quantize=form, threads=arguments.threads))
-            for name, form in forms.items()
-        }
-        cases = {f"{name}_b{batch}": (client, batch) for name, client in clients.items() for batch in batches}
-        ways = {case: {"single": Way(0.0), "multi": Way(tuning.AT_ONCE_S)} for case in cases}
+        clients = {name: await stack.enter_async_context(serving(path, name, arguments.threads)) for name in names}
+        cases = {f"{name}_b{batch}": (client, batch) for name, client in clients.items() for batch in BATCHES}
+        ways = {case: {"single": Way(0.0), "multi": Way(1.0)} for case in cases}
         rounds = {
-            case: {name: partial(way.tokens_per_s, *cases[case], new_tokens) for name, way in both.items()}
+            case: {name: partial(way.tokens_per_s, *cases[case], NEW_TOKENS) for name, way in both.items()}
             for case, both in ways.items()
         }
         results = await in_turn(rounds, 3 if arguments.quick else 7)
@@ -109,7 +116,7 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=find_cores().count, help="default: all cores")
-    parser.add_argument("--quick", action="store_true", help="int8 at batch 1 and 8: under 60 s")
+    parser.add_argument("--quick", action="store_true", help="int8 at batch 1 and 8: about a minute")
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,8 +26,20 @@ def next_token(tokens: list[int]) -> int:
     return 10 + (sum(tokens) * 31 + len(tokens)) % 1000
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To one step, or one stage's to several at once."""
+
+    epoch: int
+    step: int
+    token_ids: tuple[int, ...]
+
+
 class FakeStages:
-    """`take` each step in the order of issue; it raises AssertionError for a delta that a stage could not apply."""
+    """`take` each step in the order of issue; it raises AssertionError for a delta that a stage could not apply.
+
+    Of several steps at once all are computed when they are taken, as early as real stages might, and are answered one by one.
+    """
 
     def __init__(
         self,
@@ -44,7 +57,8 @@ class FakeStages:
         self._choose = choose
         self.sequences: dict[int, FakeSequence] = {}
         self.micro_batches: dict[int, list[int]] = {}
-        self.in_flight: dict[int, tuple[Step, tuple[int, ...]]] = {}  # by micro-batch, with the tokens that it brings
+        self.in_flight: dict[int, deque[Answer]] = {}  # by micro-batch: what it brings, step by step
+        self._going_on: set[int] = set()  # micro-batches of which several steps are in flight, or were
         self.num_at_once = 0  # times that several steps came at once
 
     @property
@@ -54,6 +68,8 @@ class FakeStages:
     def take(self, step: Step) -> None:
         assert step.micro_batch not in self.in_flight, "a micro-batch is in two places"
         delta, members = step.delta, self.micro_batches.setdefault(step.micro_batch, [])
+        going_on = {number for index in self._going_on for number in self.micro_batches[index]}
+        assert not going_on & {*delta.left, *delta.parted, *delta.adopted}, "a member of steps that follow each other is moved"
         for number in delta.left:
             del self.sequences[number]
             for others in self.micro_batches.values():
@@ -77,10 +93,14 @@ class FakeStages:
                 members.append(chunk.sequence)
         assert len(members) <= self._max_members
         assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
-        self.in_flight[step.micro_batch] = (
-            step,
-            self._sampled([self.sequences[number] for number in members], delta.num_steps),
-        )
+        self.num_at_once += delta.num_steps > 1
+        sampled = self._sampled([self.sequences[number] for number in members], delta.num_steps)
+        if self._num_stages == 1:
+            sampled = [tuple(token_id for tokens in sampled for token_id in tokens)]
+        answers = (Answer(step.epoch, step.step + number, tokens) for number, tokens in enumerate(sampled))
+        self.in_flight[step.micro_batch] = deque(answers)
+        if delta.num_steps > 1:
+            self._going_on.add(step.micro_batch)
 
     def _continue(self, members: list[FakeSequence], token_ids: tuple[int, ...]) -> None:
         chosen = tuple(sequence.chosen for sequence in members)
@@ -90,26 +110,28 @@ class FakeStages:
             sequence.length += 1
         assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
 
-    def _sampled(self, members: list[FakeSequence], num_steps: int) -> tuple[int, ...]:
-        """Of all steps at once, in order."""
-        assert num_steps == 1 or self._num_stages == 1, "only a stage that is the whole pipeline knows what was chosen"
-        self.num_at_once += num_steps > 1
-        sampled: tuple[int, ...] = ()
-        for number in range(num_steps):
-            if number:
-                self._continue(members, sampled[-len(members) :])
+    def _sampled(self, members: list[FakeSequence], num_steps: int) -> list[tuple[int, ...]]:
+        """Of each step."""
+        sampled: list[tuple[int, ...]] = []
+        for _ in range(num_steps):
+            if sampled:
+                self._continue(members, sampled[-1])
             for sequence in members:
                 sequence.chosen = self._choose(sequence.tokens)
-                sampled += (sequence.chosen,)
+            sampled.append(tuple(sequence.chosen for sequence in members if sequence.chosen is not None))
         return sampled
 
     def answer(self, micro_batch: int, *, compute_us: int = 1000) -> Tokens:
-        """The tokens of the micro-batch's step in flight."""
-        step, token_ids = self.in_flight.pop(micro_batch)
+        """The tokens of the micro-batch's next step in flight."""
+        answers = self.in_flight[micro_batch]
+        answer = answers.popleft()
+        if not answers:
+            del self.in_flight[micro_batch]
+            self._going_on.discard(micro_batch)
         return Tokens(
-            epoch=step.epoch,
+            epoch=answer.epoch,
             micro_batch=micro_batch,
-            step=step.step,
-            token_ids=token_ids,
+            step=answer.step,
+            token_ids=answer.token_ids,
             timings=(StageTiming(0, compute_us),) * self._num_stages,
         )

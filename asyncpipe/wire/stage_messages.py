@@ -64,8 +64,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     need the number). `opened` begin; `chunks` are computed after the members' tokens; a sequence whose last chunk this is
     becomes a member. `padding` rows follow that belong to nobody (static batching pays for its padding).
 
-    With `num_steps`, a stage that is the whole pipeline lets its members, in further steps, go on with what it has just chosen
-    for them (multi-step decoding).
+    With `num_steps`, the members go on, in further steps, with what the last stage has just chosen for them, without a turn
+    through the coordinator (multi-step decoding): the last stage gives the first one a step with their tokens, of one less.
     """
 
     left: SequenceNumbers = ()
@@ -94,7 +94,8 @@ Timings = Annotated[tuple[StageTiming, ...], Meta(max_length=MAX_STAGES)]
 
 
 class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """coordinator -> stage 0, and stage k -> stage k + 1 with `hidden`: compute one step of one micro-batch.
+    """coordinator -> stage 0, stage k -> stage k + 1 with `hidden`, and last stage -> stage 0 for the next of several steps:
+    compute one step of one micro-batch.
 
     `hidden` is (T, D): T counts the step's rows. Over a link beside the messages it is `posted`. `timings` has one entry a
     stage that the step has passed.
@@ -117,8 +118,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order; with `num_steps` all
-    of the first one's, then all of the second's, and so on.
+    """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order. A stage that is the
+    whole pipeline answers all of `num_steps` at once: all of the first one's, then all of the second's, and so on.
 
     `logprobs` is empty when no member asked for them, else as long as `token_ids`.
     """
@@ -173,7 +174,7 @@ class StageReport(Message, frozen=True, kw_only=True):
 
 
 class StageFailed(Message, frozen=True, kw_only=True):
-    """any stage -> coordinator: `stage` could not compute a step, or the one before it cannot reach it."""
+    """any stage -> coordinator: `stage` could not compute a step, or the one before it in the ring cannot reach it."""
 
     epoch: Count
     stage: Count
@@ -233,7 +234,7 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     model: Name = ""  # a hub name, or `asyncpipe.model_place.BUNDLED`: where to look when there is no such directory
     device: Name = ""  # to compute on; empty: that of the worker's own command line
     cpus: Name = ""  # to keep to, like 0-3,8; empty: those it has
-    previous_key: Name = ""  # of the stage before, which will connect; empty: none is asked for
+    previous_key: Name = ""  # of the stage before, the last one for the first, which will connect; empty: none is asked for
     config_json: Text  # the model's config.json
     dummy_weights: bool = False  # random ones instead of the checkpoint's
     dtype: Name  # float32, bfloat16, float16
@@ -252,7 +253,8 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """worker -> coordinator, the answer to `ConnectNext`: how its hidden states travel, and why not as was wanted."""
+    """worker -> coordinator, the answer to `ConnectNext`: how its hidden states travel, and why not as was wanted; of the last
+    stage why it cannot reach the first, if so."""
 
     stage: Count
     link: LinkKind = LinkKind.ZMQ
@@ -260,7 +262,8 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class ConnectNext(Request[Ready], frozen=True, kw_only=True):
-    """coordinator -> worker, after every stage has loaded: where the next stage listens (None on the last)."""
+    """coordinator -> worker, after every stage has loaded: where the next stage listens, and for the last one the first (None:
+    it is that itself)."""
 
     epoch: Count
     address: Name | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -58,6 +59,23 @@ def test_a_link_delay_makes_more_micro_batches() -> None:
                 counts.append((await client.status()).pipeline.num_micro_batches)
             await load
             assert max(counts) >= 6, "a round trip takes 2 x 4 + 3 x 8 ms, and each stage could do a step every 4 ms"
+
+    run(scenario(), timeout_s=60)
+
+
+def test_the_tokens_of_a_lone_request_go_from_the_last_stage_to_the_first() -> None:
+    """A step takes 2 x 1 ms and two links of 20 ms; through the coordinator, three."""
+
+    async def scenario() -> None:
+        config = simulated(2, "sim:layer_ms=1,link_ms=20")
+        async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
+            times_s, token_ids = [], []
+            async for piece in client.stream([5, 6, 7], max_new_tokens=30):
+                times_s.append(time.monotonic())
+                token_ids.append(piece.token_id)
+            assert token_ids == simulated_tokens([5, 6, 7], 30)
+            gaps_s = sorted(later - earlier for earlier, later in itertools.pairwise(times_s))
+            assert 0.035 < gaps_s[len(gaps_s) // 3] < 0.055, gaps_s
 
     run(scenario(), timeout_s=60)
 

@@ -43,6 +43,7 @@ class PipelineModel(RuleBasedStateMachine):
 
     schedule = Schedule.CONTINUOUS
     num_stages = NUM_STAGES
+    second_s = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class PipelineModel(RuleBasedStateMachine):
                 sampling=Sampling(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
                 seed=0,
                 priority=priority,
-                deadline_at_s=None if deadline_s is None else self.now_s + deadline_s,
+                deadline_at_s=None if deadline_s is None else self.now_s + deadline_s * self.second_s,
                 at_s=self.now_s,
             )
         )
@@ -162,7 +163,7 @@ class PipelineModel(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.0, 3.0))
     def time_passes(self, seconds: float) -> None:
-        self.now_s += seconds
+        self.now_s += seconds * self.second_s
         self.handle(events.Tick(at_s=self.now_s))
 
     @invariant()
@@ -199,6 +200,12 @@ class PipelineModel(RuleBasedStateMachine):
         assert self.machine.statistics().used_blocks == 0
 
 
+class QuickPipelineModel(PipelineModel):
+    """So quick that several steps are taken at once."""
+
+    second_s = 0.001
+
+
 class OneStageModel(PipelineModel):
     num_stages = 1
 
@@ -213,10 +220,12 @@ class StaticModel(PipelineModel):
 
 OPTIONS = {"stateful_step_count": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}
 PipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
+QuickPipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
 OneStageModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
 BarrierModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
 StaticModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
 TestContinuous = PipelineModel.TestCase
+TestQuick = QuickPipelineModel.TestCase
 TestOneStage = OneStageModel.TestCase
 TestBarrier = BarrierModel.TestCase
 TestStatic = StaticModel.TestCase
@@ -251,7 +260,7 @@ def test_ten_thousand_steps_under_pressure_lose_nothing(seed: int, num_stages: i
     handle(events.PipelineReady(epoch=1, kv_blocks=9, at_s=0.0))
     now_s = 0.0
     while num_steps < 10_000:
-        now_s += rng.random() * 0.01
+        now_s += rng.random() * 0.001
         if rng.random() < 0.3:
             request_id = f"r{len(prompts)}"
             prompts[request_id], tokens[request_id] = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 20))], []
@@ -273,4 +282,4 @@ def test_ten_thousand_steps_under_pressure_lose_nothing(seed: int, num_stages: i
             answer = stages.answer(rng.choice(list(stages.in_flight)), compute_us=rng.randrange(100, 3000))
             handle(events.TokensArrived(tokens=answer, at_s=now_s))
     assert machine.statistics().preemptions > 10, "the memory was meant to be too little"
-    assert (stages.num_at_once > 1000) == (num_stages == 1)
+    assert stages.num_at_once > 1000

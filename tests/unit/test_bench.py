@@ -39,7 +39,7 @@ from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.known_models import known_config
 from asyncpipe_coordinator.policy_options import chosen_policy
 from asyncpipe_coordinator.tensor_shapes import model_shape
-from tests.unit.test_core import answer, machine, steps, submitted
+from tests.core_machine import answer, machine, steps, submitted
 
 GIB = 2**30
 TERA = 10**12

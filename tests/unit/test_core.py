@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 
 from asyncpipe.errors import Invalid, StageLost, WireError, to_data
-from asyncpipe.wire.messages import FinishReason, Sampling, StageTiming, Step, TokenLogprobs, Tokens
+from asyncpipe.wire.messages import FinishReason, Step, TokenLogprobs, Tokens
 from asyncpipe_coordinator.core import commands, events
-from asyncpipe_coordinator.core.limits import Limits, Schedule
+from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.partition import LayerRange, split_layers
 from asyncpipe_coordinator.core.sequences import Sequence, SequenceState
-
-EOS = 2
-TIMING = StageTiming(0, 1000)
-
-
-def machine(*, kv_blocks: int = 1000, **changes: object) -> Machine:
-    settings: dict[str, object] = {
-        "num_stages": 2,
-        "num_micro_batches": 2,
-        "max_sequences_per_micro_batch": 8,
-        "max_waiting": 100,
-        "max_context_len": 4096,
-        "max_step_tokens": 512,
-        "kv_block_tokens": 4,
-        "eos_token_ids": frozenset({EOS}),
-    }
-    ready = Machine(Limits(**(settings | changes)))  # type: ignore[arg-type]
-    ready.handle(events.PipelineReady(epoch=1, kv_blocks=kv_blocks, at_s=0.0))
-    return ready
-
-
-def submitted(
-    request_id: str, *, prompt_len: int = 3, max_new_tokens: int = 4, priority: int = 0, **sampling: object
-) -> events.Submitted:
-    return events.Submitted(
-        request_id=request_id,
-        client="c",
-        prompt_token_ids=(5,) * prompt_len,
-        sampling=Sampling(max_new_tokens=max_new_tokens, **sampling),  # type: ignore[arg-type]
-        seed=0,
-        priority=priority,
-        deadline_at_s=None,
-        at_s=0.0,
-    )
-
-
-def steps(done: list[commands.Command]) -> list[Step]:
-    return [command.step for command in done if isinstance(command, commands.IssueStep)]
-
-
-def step_of(done: list[commands.Command], micro_batch: int) -> Step:
-    (step,) = [step for step in steps(done) if step.micro_batch == micro_batch]
-    return step
-
-
-def tokens_of(done: list[commands.Command]) -> list[tuple[str, int, int]]:
-    return [(token.request_id, token.index, token.token_id) for token in done if isinstance(token, commands.EmitToken)]
-
-
-def answer(core: Machine, step: Step, *token_ids: int) -> list[commands.Command]:
-    timings = (TIMING,) * core.limits.num_stages
-    tokens = Tokens(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step, token_ids=token_ids, timings=timings)
-    return core.handle(events.TokensArrived(tokens=tokens, at_s=1.0))
+from tests.core_machine import EOS, answer, machine, step_of, steps, submitted, tokens_of
 
 
 def test_a_micro_batch_is_issued_again_without_waiting_for_the_others() -> None:
@@ -286,88 +233,6 @@ def test_a_prompt_longer_than_the_kv_memory_is_refused_even_when_it_came_early()
     (refused,) = core.handle(events.PipelineReady(epoch=1, kv_blocks=10, at_s=0.0))
     assert isinstance(refused, commands.FailRequest)
     assert "KV memory takes 1 to 39 tokens" in refused.error.message
-
-
-# --- one stage, which takes several steps at once ---
-
-
-def one_stage_after_a_token(*, compute_us: int = 1000, **options: Any) -> tuple[Machine, Step]:
-    """A request for eight tokens has its first one. With the step that follows."""
-    core = machine(**({"num_stages": 1, "num_micro_batches": 1} | options))
-    (step,) = steps(core.handle(submitted("a", max_new_tokens=8)))
-    timings = (StageTiming(0, compute_us),) * core.limits.num_stages
-    tokens = Tokens(epoch=1, micro_batch=0, step=step.step, token_ids=(21,), timings=timings)
-    (following,) = steps(core.handle(events.TokensArrived(tokens=tokens, at_s=1.0)))
-    core.check()
-    return core, following
-
-
-def test_one_stage_goes_on_with_its_own_tokens_until_somebody_has_all_of_them() -> None:
-    core, step = one_stage_after_a_token()
-    assert (step.delta.token_ids, step.delta.num_steps) == ((21,), 7)
-    leaving, *emitted, finished = answer(core, step, *range(22, 29))
-    assert tokens_of(emitted) == [("a", index, 21 + index) for index in range(1, 8)]
-    assert isinstance(finished, commands.FinishRequest)
-    assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.LENGTH, 8)
-    (last,) = steps([leaving])
-    assert (last.delta.left, last.delta.num_steps) == ((0,), 1)
-    assert core.statistics().used_blocks == 0
-    core.check()
-    assert answer(core, last) == [], "nobody is left"
-
-
-def test_what_was_computed_after_an_end_is_dropped() -> None:
-    core, step = one_stage_after_a_token()
-    done = answer(core, step, 22, 23, EOS, 25, 26, 27, 28)
-    assert tokens_of(done) == [("a", 1, 22), ("a", 2, 23), ("a", 3, EOS)]
-    (finished,) = [command for command in done if isinstance(command, commands.FinishRequest)]
-    assert (finished.finish_reason, finished.num_completion_tokens) == (FinishReason.STOP, 4)
-    core.check()
-
-
-def test_a_newcomers_prompt_goes_alone_and_then_all_go_on_until_the_first_has_all() -> None:
-    core = machine(num_stages=1, num_micro_batches=1)
-    (step,) = steps(core.handle(submitted("a", max_new_tokens=4)))
-    core.handle(submitted("b", max_new_tokens=9))
-    (joined,) = steps(answer(core, step, 21))
-    assert (joined.delta.token_ids, len(joined.delta.opened), joined.delta.num_steps) == ((21,), 1, 1)
-    (both,) = steps(answer(core, joined, 22, 31))
-    assert (both.delta.token_ids, both.delta.num_steps) == ((22, 31), 2)
-    done = answer(core, both, 23, 32, 24, 33)
-    assert tokens_of(done) == [("a", 2, 23), ("b", 1, 32), ("a", 3, 24), ("b", 2, 33)]
-    (alone,) = steps(done)
-    assert (alone.delta.left, alone.delta.token_ids, alone.delta.num_steps) == ((0,), (33,), 6)
-
-
-def test_the_tokens_of_a_lost_stages_steps_are_computed_again() -> None:
-    core, step = one_stage_after_a_token()
-    core.handle(events.PipelineLost())
-    assert answer(core, step, *range(22, 29)) == []
-    (again,) = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
-    assert again.delta.opened[0].token_ids == (5, 5, 5, 21)
-    assert tokens_of(answer(core, again, 22)) == [("a", 1, 22)]
-
-
-def test_tokens_of_too_few_steps_break_the_protocol() -> None:
-    core, step = one_stage_after_a_token()
-    with pytest.raises(WireError, match="6 tokens, where 7 were to come"):
-        answer(core, step, *range(22, 28))
-
-
-@pytest.mark.parametrize("options", [{"num_stages": 2}, {"schedule": Schedule.STATIC}, {"compute_us": 30_000}])
-def test_steps_come_one_by_one_in_longer_pipelines_in_static_batches_and_when_they_are_long(options: dict[str, Any]) -> None:
-    _, step = one_stage_after_a_token(**options)
-    assert step.delta.num_steps == 1
-
-
-def test_steps_come_one_by_one_when_there_are_no_blocks_for_more() -> None:
-    core = machine(num_stages=1, num_micro_batches=1, kv_blocks=3)
-    (step,) = steps(core.handle(submitted("a", max_new_tokens=8)))
-    core.handle(submitted("b", max_new_tokens=8))
-    (joined,) = steps(answer(core, step, 21))
-    (both,) = steps(answer(core, joined, 22, 31))
-    assert both.delta.num_steps == 1
-    core.check()
 
 
 def test_a_barrier_holds_micro_batches_until_all_are_back() -> None:

@@ -50,7 +50,16 @@ def test_one_stage_takes_as_many_steps_at_once_as_fit_into_the_time_that_others_
     tuner = tuned([2.0], overhead_ms=1.0, rows=(4, 8), per_row_ms=0.9)
     assert [tuner.steps_at_once(rows) for rows in (2, 8, 30, 100)] == [10, 4, 1, 1]
     assert tuned([0.001], overhead_ms=1.0).steps_at_once(8) == MAX_STEPS_AT_ONCE
-    assert tuned([2.0, 2.0], overhead_ms=1.0).steps_at_once(8) == Tuner(1).steps_at_once(8) == 1
+    assert Tuner(1).steps_at_once(8) == 1
+
+
+def test_several_stages_count_their_links_and_take_more_where_nobody_is_held_up() -> None:
+    tuner = tuned([1.5, 1.5], overhead_ms=1.1)
+    assert (tuner.steps_at_once(8), tuner.steps_at_once(8, holds_up=False)) == (9, 48)
+    far_apart = tuned([1.5, 1.5], overhead_ms=50.0)
+    assert (far_apart.steps_at_once(8), far_apart.steps_at_once(8, holds_up=False)) == (1, 3)
+    alone = tuned([3.1], overhead_ms=1.0)
+    assert alone.steps_at_once(8) == alone.steps_at_once(8, holds_up=False) == 12, "its tokens come in jerks"
 
 
 def test_steps_at_once_are_measured_one_by_one() -> None:

@@ -22,8 +22,8 @@ class StageRecorder:
         self._busy_ns = self._send_wait_ns = 0
         self._first_start_ns = self._last_end_ns = 0
 
-    def computed(self, step: Step, *, start_ns: int, end_ns: int) -> None:
-        self._num_steps += step.delta.num_steps
+    def computed(self, step: Step, *, start_ns: int, end_ns: int, num_steps: int = 1) -> None:
+        self._num_steps += num_steps
         self._busy_ns += end_ns - start_ns
         if not self._first_start_ns:
             self._first_start_ns = start_ns

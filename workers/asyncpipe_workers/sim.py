@@ -35,6 +35,7 @@ class SimulatedStage:
         self._simulation = simulation
         self._num_layers = plan.last_layer - plan.first_layer
         self._is_last = plan.stage == plan.num_stages - 1
+        self._is_whole_pipeline = plan.num_stages == 1
         self._random = random.Random(f"{simulation.seed}/{plan.stage}")  # noqa: S311 - a simulation's jitter
         self._free_at_s = 0.0
         self._sequences: dict[int, _Sequence] = {}
@@ -57,10 +58,11 @@ class SimulatedStage:
 
     def _step(self, message: Step, arrived_at_s: float) -> StageOutput:
         members = self._apply(message)
-        duration_s = sum(self._duration_s(message.delta) for _ in range(message.delta.num_steps))
+        num_steps = message.delta.num_steps if self._is_whole_pipeline else 1
+        duration_s = sum(self._duration_s(message.delta) for _ in range(num_steps))
         start_s = max(self._free_at_s, arrived_at_s)
         self._free_at_s = start_s + duration_s
-        token_ids = self._choose(members, message.delta.num_steps) if self._is_last else ()
+        token_ids = self._choose(members, num_steps) if self._is_last else ()
         hidden = None if self._is_last else self._hidden(message.delta.num_rows)
         while (left_s := self._free_at_s - time.monotonic()) > 0:
             time.sleep(left_s)

@@ -2,6 +2,7 @@
 
 It decides nothing about requests. The coordinator says what to load and where the next stage listens; from then on a step
 arrives, its delta is applied, its layers are computed, and hidden states go to the next stage or tokens to the coordinator.
+Stages form a ring: of several steps at once the last stage gives the first one the next, with the tokens that it has chosen.
 Steps are queued on the compute thread as they arrive, and their results are sent as they come, so that receiving, computing and
 sending overlap.
 """
@@ -24,6 +25,7 @@ from asyncpipe.errors import AsyncPipeError, Broken, Busy, Closed, Invalid, Stag
 from asyncpipe.wire.messages import (
     ClockReading,
     ConnectNext,
+    Delta,
     GetClock,
     GetCounters,
     GetSpans,
@@ -40,6 +42,7 @@ from asyncpipe.wire.messages import (
 )
 from asyncpipe_workers.executor import ComputeThread, Timed
 from asyncpipe_workers.hidden_links import HiddenLinks, StageSeat
+from asyncpipe_workers.outgoing import Outgoing, Sender
 from asyncpipe_workers.output import ArrivedStep, StageOutput
 from asyncpipe_workers.recorder import StageRecorder
 from asyncpipe_workers.stage_compute import Loader, StageCompute
@@ -48,19 +51,10 @@ if TYPE_CHECKING:
     import torch
 
 STAGE_ACTOR = "stage"
-SEND_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 MAX_QUEUED_STEPS = 1024  # there are never more than micro-batches
 
 log = logging.getLogger(__name__)
-
-
-class _Outgoing(NamedTuple):
-    """A computed step on its way out, not before `due_ns`."""
-
-    step: Step
-    message: Step | Tokens
-    due_ns: int
 
 
 class _Awaited(NamedTuple):
@@ -88,23 +82,21 @@ class StageActor(Actor):
         self._admit = admit
         self._links = HiddenLinks(seat, background=lambda work, name: self.background(work, name=name))
         self._awaited: deque[_Awaited] = deque()
-        self._coordinator: ActorRef | None = None
         self._lost: asyncio.Future[AsyncPipeError] | None = None  # completed when the coordinator is gone
         self._compute = ComputeThread()
         self._epoch: int | None = None  # whose steps are computed; the compute thread looks at it too
         self._recorder = StageRecorder()
         self._arrived: deque[ArrivedStep] = deque()  # that the compute thread has not begun
         self._num_queued = 0  # steps that were taken and have not left
-        self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_QUEUED_STEPS)  # that could not leave at once
+        self._coordinator = Sender("the coordinator", recorder=self._recorder, on_unreachable=self._on_unreachable)
+        self._next = Sender("the next stage", recorder=self._recorder, on_unreachable=self._on_unreachable)
         self._plan: LoadStage | None = None
         self._model: StageCompute | None = None
-        self._next: ActorRef | None = None
-        self._is_sending = False
 
     def serve(self, coordinator: ActorRef) -> asyncio.Future[AsyncPipeError]:
         """For the process that runs this actor, and watches `coordinator`, as seen by it: whom it serves. The future says
         how that coordinator was lost."""
-        self._coordinator = coordinator
+        self._coordinator.target = coordinator
         self._lost = asyncio.get_running_loop().create_future()
         return self._lost
 
@@ -114,7 +106,8 @@ class StageActor(Actor):
         return None if self._plan is None else self._plan.stage
 
     async def started(self) -> None:
-        self.background(self._send_all(), name="send")
+        self.background(self._coordinator.send_waiting(), name="send tokens")
+        self.background(self._next.send_waiting(), name="send steps")
 
     async def stopped(self) -> None:
         await self._links.stop()
@@ -145,12 +138,11 @@ class StageActor(Actor):
     async def _load(self, plan: LoadStage) -> StageReport:
         """What is of an epoch before is dropped from now on; a model that is the plan's already stays."""
         start_s = time.monotonic()
-        self._epoch, self._next = plan.epoch, None
+        self._begin(plan.epoch)
+        self._next.target = None
         self._admit(plan.previous_key)
         self._links.close()
         self._awaited.clear()
-        while not self._outgoing.empty():
-            self._outgoing.get_nowait()
         if self._model is not None and self._plan is not None and _holds_the_same(self._plan, plan):
             log.info("stage %d keeps what it holds", plan.stage)
             self._model.posts_hidden = False
@@ -172,6 +164,11 @@ class StageActor(Actor):
             tiers=model.tiers,
         )
 
+    def _begin(self, epoch: int | None) -> None:
+        self._epoch = epoch
+        self._coordinator.begin(epoch)
+        self._next.begin(epoch)
+
     def _unload(self) -> None:
         """On the compute thread: so that there is room for another model."""
         if self._model is not None:
@@ -182,20 +179,23 @@ class StageActor(Actor):
 
     async def _connect_next(self, message: ConnectNext) -> Ready:
         plan = self._loaded_plan()
-        if message.address is not None:
-            self._next = await self._reach(message.address, message.public_key or None)
-            self.system.monitor(self._next, watcher=self.ref)
-            chosen = await self._links.connect(self._next, wanted=message.link, epoch=plan.epoch, device=self._device)
-            self._loaded_model().posts_hidden = self._links.sends
-            return Ready(stage=plan.stage, link=chosen.link, obstacle=chosen.obstacle)
-        return Ready(stage=plan.stage)
-
-    async def _reach(self, address: str, public_key: str | None) -> ActorRef:
-        """Raises StageLost: that the next stage cannot be reached is not this one's failure."""
+        if message.address is None:
+            return Ready(stage=plan.stage)
         try:
-            return await self.system.connect(address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S, server_key=public_key)
+            following = await self.system.connect(
+                message.address, actor=STAGE_ACTOR, timeout=CONNECT_TIMEOUT_S, server_key=message.public_key or None
+            )
         except AsyncPipeError as error:
-            raise StageLost(f"stage {self._loaded_plan().stage} cannot reach it: {error}") from None
+            if self._is_last:  # the coordinator can do without
+                return Ready(stage=plan.stage, obstacle=str(error))
+            raise StageLost(f"stage {plan.stage} cannot reach it: {error}") from None
+        self._next.target = following
+        self.system.monitor(following, watcher=self.ref)
+        if self._is_last:
+            return Ready(stage=plan.stage)
+        chosen = await self._links.connect(following, wanted=message.link, epoch=plan.epoch, device=self._device)
+        self._loaded_model().posts_hidden = self._links.sends
+        return Ready(stage=plan.stage, link=chosen.link, obstacle=chosen.obstacle)
 
     @property
     def _device(self) -> str:
@@ -256,75 +256,35 @@ class StageActor(Actor):
             self._report(error)
             return
         start_ns, end_ns = output.began_ns or timed.start_ns, output.ended_ns or timed.end_ns
-        self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns)
+        num_steps = step.delta.num_steps if self._is_alone else 1
+        self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns, num_steps=num_steps)
         timing = StageTiming(max(start_ns - arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
-        message = self._message(step, (*step.timings, timing), output)
-        self._send(_Outgoing(step, message, end_ns + self._delay_ns))
+        timings = (*step.timings, timing)
+        if self._is_last:
+            self._answer(step, timings, output, end_ns)
+        else:
+            self._pass_on(step, timings, output)
 
-    def _message(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Step | Tokens:
-        """For the next stage, or from the last one for the coordinator."""
-        if not self._is_last:
-            posted = None if output.posted is None else self._links.send(output.posted, self._on_link_failed)
-            return msgspec.structs.replace(step, timings=timings, hidden=output.hidden, posted=posted)
-        return Tokens(
-            epoch=step.epoch,
-            micro_batch=step.micro_batch,
-            step=step.step,
-            token_ids=output.token_ids,
-            timings=timings,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-        )
+    def _pass_on(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> None:
+        posted = None if output.posted is None else self._links.send(output.posted, self._on_link_failed)
+        message = msgspec.structs.replace(step, timings=timings, hidden=output.hidden, posted=posted)
+        self._next.send(Outgoing(step, message))
+
+    def _answer(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput, end_ns: int) -> None:
+        """The stages first: they work on the next of several steps while the coordinator gets the tokens of this one."""
+        if step.delta.num_steps > 1 and not self._is_alone:
+            self._next.send(Outgoing(step, _following(step, output)))
+        due_ns = end_ns + int(self._loaded_model().link_s * 1e9)
+        self._coordinator.send(Outgoing(step, _tokens(step, timings, output), due_ns))
 
     @property
-    def _delay_ns(self) -> int:
-        """Simulated, of the link from the last stage to the coordinator."""
-        return int(self._loaded_model().link_s * 1e9) if self._is_last else 0
+    def _is_alone(self) -> bool:
+        return self._loaded_plan().num_stages == 1
 
     @property
     def _is_last(self) -> bool:
         plan = self._loaded_plan()
         return plan.stage == plan.num_stages - 1
-
-    def _send(self, outgoing: _Outgoing) -> None:
-        """At once when it can leave at once, else behind those that wait."""
-        start_ns = time.monotonic_ns()
-        if self._outgoing.empty() and not self._is_sending and outgoing.due_ns <= start_ns:
-            try:
-                self._target.tell_nowait(outgoing.message)
-            except Busy:
-                pass
-            except AsyncPipeError as error:
-                self._on_unreachable(error)
-                return
-            else:
-                self._recorder.sent(outgoing.step, start_ns=start_ns, end_ns=time.monotonic_ns())
-                return
-        self._outgoing.put_nowait(outgoing)
-
-    async def _send_all(self) -> None:
-        """Those that have to wait, for credits or for their time."""
-        while True:
-            self._is_sending = False
-            outgoing = await self._outgoing.get()
-            self._is_sending = True
-            if (early_ns := outgoing.due_ns - time.monotonic_ns()) > 0:
-                await asyncio.sleep(early_ns / 1e9)
-            if outgoing.step.epoch != self._epoch:
-                continue
-            start_ns = time.monotonic_ns()
-            try:
-                await self._target.tell(outgoing.message, timeout=SEND_TIMEOUT_S)
-            except AsyncPipeError as error:
-                self._on_unreachable(error)
-            self._recorder.sent(outgoing.step, start_ns=start_ns, end_ns=time.monotonic_ns())
-
-    @property
-    def _target(self) -> ActorRef:
-        target = self._coordinator if self._is_last else self._next
-        if target is None:
-            raise Broken(f"stage {self._loaded_plan().stage} has lost the one after it")
-        return target
 
     def _on_link_failed(self, error: AsyncPipeError) -> None:
         if not isinstance(error, Closed):  # by us, for another epoch
@@ -346,8 +306,8 @@ class StageActor(Actor):
     def _signal_failure(self, stage: int, error: Exception) -> None:
         plan = self._loaded_plan()
         try:
-            if self._coordinator is not None:
-                self._coordinator.signal(StageFailed(epoch=plan.epoch, stage=stage, error=to_data(error)))
+            if self._coordinator.target is not None:
+                self._coordinator.target.signal(StageFailed(epoch=plan.epoch, stage=stage, error=to_data(error)))
         except AsyncPipeError as lost:
             log.info("stage %d cannot report a failure: %s", plan.stage, lost)
 
@@ -355,14 +315,14 @@ class StageActor(Actor):
 
     def _on_down(self, message: Down) -> None:
         error = from_data(message.error)
-        if message.ref == self._coordinator:
-            self._epoch = None  # what it had asked for is of no use to anybody
+        if message.ref == self._coordinator.target:
+            self._begin(None)  # what it had asked for is of no use to anybody
             if self._lost is not None and not self._lost.done():
                 self._lost.set_result(error)
-        elif message.ref == self._next:
-            self._next = None
-            stage = self._loaded_plan().stage
-            self._signal_failure(stage + 1, Broken(f"stage {stage} cannot reach it: {error}"))
+        elif message.ref == self._next.target:
+            self._next.target = None
+            plan = self._loaded_plan()
+            self._signal_failure((plan.stage + 1) % plan.num_stages, Broken(f"stage {plan.stage} cannot reach it: {error}"))
 
     def _loaded_plan(self) -> LoadStage:
         if self._plan is None:
@@ -373,6 +333,24 @@ class StageActor(Actor):
         if self._model is None:
             raise Invalid("this worker has no layers yet: LoadStage comes first")
         return self._model
+
+
+def _following(step: Step, output: StageOutput) -> Step:
+    """The next of several steps at once, for the first stage: every member goes on with what was chosen for it."""
+    delta = Delta(token_ids=output.token_ids, num_steps=step.delta.num_steps - 1)
+    return Step(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step + 1, delta=delta)
+
+
+def _tokens(step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Tokens:
+    return Tokens(
+        epoch=step.epoch,
+        micro_batch=step.micro_batch,
+        step=step.step,
+        token_ids=output.token_ids,
+        timings=timings,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
+    )
 
 
 def _holds_the_same(held: LoadStage, wanted: LoadStage) -> bool:

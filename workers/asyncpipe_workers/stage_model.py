@@ -47,6 +47,7 @@ class StageModel:
         self._dtype = memory.dtype
         self._is_first = memory.units.embedding is not None
         self._is_last = memory.units.head_input is not None
+        self._is_whole_pipeline = is_whole_pipeline
         self._sequences = StageSequences(memory.cache, device=memory.device, eos_token_ids=eos_token_ids)
         self._sweep: Sweep | GraphedSweep | TapedSweep = Sweep(
             memory.units, memory.weights, memory.cache, memory.activations, overlap=memory.policy.overlap
@@ -122,7 +123,7 @@ class StageModel:
     def compute(self, steps: Sequence[ArrivedStep]) -> Iterator[StageOutput]:
         """Raises Invalid for a step that does not follow from those before."""
         outputs = self._pass(steps)
-        if not any(arrived.step.delta.num_steps > 1 for arrived in steps):
+        if not (self._is_whole_pipeline and any(arrived.step.delta.num_steps > 1 for arrived in steps)):
             yield from outputs
             return
         for arrived, output in zip(steps, list(outputs), strict=True):
@@ -130,8 +131,6 @@ class StageModel:
 
     def _further(self, arrived: ArrivedStep, output: StageOutput) -> Iterator[StageOutput]:
         """The steps at once that follow the first: its members go on with the tokens of the one before."""
-        if not (self._is_first and self._is_last):
-            raise Invalid("several steps at once are for a stage that is the whole pipeline")
         for _ in range(arrived.step.delta.num_steps - 1):
             step = msgspec.structs.replace(arrived.step, delta=Delta(token_ids=output.token_ids))
             (output,) = self._pass([ArrivedStep(step, arrived.arrived_ns)])

@@ -60,7 +60,8 @@ class Books:
     @property
     def num_admitted(self) -> int:
         """Sequences that own blocks."""
-        return self.num_running + len(self.prefilling)
+        num_ended = sum(len(micro_batch.ended) for micro_batch in self.micro_batches)
+        return self.num_running + len(self.prefilling) + num_ended
 
     def admit(self, *, num_tokens: int) -> Sequence | None:
         """The first waiting sequence, now prefilling, if there are blocks for `num_tokens` of it."""
@@ -79,7 +80,8 @@ class Books:
         return min(self.limits.max_context_len, self.ledger.max_tokens)
 
     def forget(self, sequence: Sequence) -> None:
-        """It ends: out of wherever it is. Its blocks are free at once, for the stages hear of it before any later step."""
+        """It ends: out of wherever it is. Its blocks are free at once, for the stages hear of it before any later step; but
+        where steps follow each other by themselves, after the last of them."""
         match sequence.state:
             case SequenceState.WAITING:
                 self.waiting.remove(sequence)
@@ -90,23 +92,31 @@ class Books:
                 self.parked.remove(sequence)
                 self._release(sequence)
             case SequenceState.RUNNING:
-                self._take_out(sequence)
+                home = self.home_of(sequence)
+                home.members.remove(sequence)
+                if home.goes_on:
+                    home.ended.append(sequence)
+                else:
+                    self._release(sequence)
         sequence.move(SequenceState.DONE)
+
+    def come_back(self, micro_batch: MicroBatch) -> None:
+        """It rests: nobody computes those any more who have ended meanwhile."""
+        micro_batch.in_flight = None
+        for sequence in micro_batch.ended:
+            self._release(sequence)
+        micro_batch.ended.clear()
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits to be computed again, in its old place in the queue."""
-        self._take_out(sequence)
+        self.home_of(sequence).members.remove(sequence)
+        self._release(sequence)
         sequence.lose_cache(self.number())
         self.waiting.push(sequence)
         self.num_preemptions += 1
 
     def home_of(self, sequence: Sequence) -> MicroBatch:
         return next(micro_batch for micro_batch in self.micro_batches if sequence in micro_batch.members)
-
-    def _take_out(self, sequence: Sequence) -> None:
-        """Of its micro-batch, and its blocks are free."""
-        self.home_of(sequence).members.remove(sequence)
-        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.ledger.free(sequence.number)
@@ -130,11 +140,14 @@ class Books:
         owners = {
             sequence.number for state, place in places.items() if state is not SequenceState.WAITING for sequence in place
         }
+        owners |= {sequence.number for micro_batch in self.micro_batches for sequence in micro_batch.ended}
         _assert(owners == self.ledger.owners(), "blocks are owned by somebody who is not there")
         _assert(not owners & set(self.to_forget), "a sequence is to be forgotten and is not")
         _assert(self.waiting.num_tokens == sum(s.length for s in self.waiting), "the queue's tokens do not add up")
         for micro_batch in self.micro_batches:
-            _assert(len(micro_batch.members) <= self.limits.max_sequences_per_micro_batch, "a micro-batch is over its bound")
+            num_members = len(micro_batch.members) + len(micro_batch.ended)
+            _assert(num_members <= self.limits.max_sequences_per_micro_batch, "a micro-batch is over its bound")
+            _assert(micro_batch.goes_on or not micro_batch.ended, "an ended sequence keeps its blocks")
 
 
 def _assert(holds: bool, what: str) -> None:

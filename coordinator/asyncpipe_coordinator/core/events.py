@@ -48,11 +48,12 @@ class StopStringFound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineReady:
-    """`kv_blocks` is what fits into the stage with the least room."""
+    """`kv_blocks` is what fits into the stage with the least room. In a ring the last stage reaches the first one."""
 
     epoch: int
     kv_blocks: int
     at_s: float
+    is_ring: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The scheduling core: events in, commands out, nothing else.
 
 M micro-batches are in the pipeline at once, with no barrier between them: the moment one's tokens have come back it is issued
-again, with whoever joined or left meanwhile. Where one stage is the whole pipeline, several short steps are issued at once: it
-goes on with the tokens that it has just chosen. The machine neither waits nor looks at a clock; it is told.
+again, with whoever joined or left meanwhile. Where nobody joins, several short steps are issued at once: the stages go on by
+themselves with the tokens that the last one has just chosen. The machine neither waits nor looks at a clock; it is told.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Machine:
         self.meter = EfficiencyMeter(limits.num_stages)
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
+        self._is_ring = False
         self._gone: ErrorData | None = None
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
         self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
@@ -118,6 +119,11 @@ class Machine:
     def max_context_len(self) -> int:
         """Of the model, or what fits into the KV memory when that is less."""
         return self.limits.max_context_len if self._epoch is None else self._books.max_context_len
+
+    def step_awaited_since(self, at_s: float) -> Step | None:
+        """One whose tokens have been awaited since before then, if there is any."""
+        in_flight = (batch.in_flight for batch in self._books.micro_batches)
+        return next((flight.step for flight in in_flight if flight is not None and flight.since_s < at_s), None)
 
     # --- requests ---
 
@@ -187,7 +193,7 @@ class Machine:
     def _on_ready(self, event: PipelineReady) -> list[Command]:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
-        self._epoch, self._gone = event.epoch, None
+        self._epoch, self._gone, self._is_ring = event.epoch, None, event.is_ring
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -222,14 +228,10 @@ class Machine:
     def _on_tokens(self, tokens: Tokens, at_s: float) -> list[Command]:
         if tokens.epoch != self._epoch:
             return []  # of a pipeline that is no more
-        micro_batch = (
-            self._books.micro_batches[tokens.micro_batch] if tokens.micro_batch < len(self._books.micro_batches) else None
-        )
-        answered = _answered(micro_batch, tokens)
-        self._measure(answered, tokens, at_s)
+        sampled = self._answer(tokens, at_s)
         emitted: list[Command] = self._on_prompt_logprobs(tokens)
         logprobs = tokens.logprobs or (None,) * len(tokens.token_ids)
-        for sequence, token_id, scores in zip(answered.awaited, tokens.token_ids, logprobs, strict=True):
+        for sequence, token_id, scores in zip(sampled, tokens.token_ids, logprobs, strict=True):
             if sequence.state is SequenceState.DONE:
                 continue
             emitted.append(EmitToken(sequence.request.request_id, len(sequence.generated), token_id, scores))
@@ -260,16 +262,34 @@ class Machine:
         unseen = [(sequence.request.request_id, sequence.scores.unseen(logprobs)) for sequence, logprobs in found]
         return [EmitPromptLogprobs(request_id, logprobs) for request_id, logprobs in unseen if logprobs]
 
-    def _measure(self, answered: InFlight, tokens: Tokens, at_s: float) -> None:
+    def _answer(self, tokens: Tokens, at_s: float) -> tuple[Sequence, ...]:
+        """Whose each of them is. After the last of its steps the micro-batch rests again. Raises WireError."""
         if len(tokens.timings) != self.limits.num_stages:
             raise WireError(f"tokens with {len(tokens.timings)} timings; the pipeline has {self.limits.num_stages} stages")
-        delta = answered.step.delta
-        self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=delta.num_steps)
+        if tokens.micro_batch >= len(self._books.micro_batches):
+            raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
+        micro_batch = self._books.micro_batches[tokens.micro_batch]
+        in_flight = micro_batch.in_flight
+        if in_flight is None or in_flight.next_number != tokens.step:
+            raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
+        # One stage alone gives the tokens of all its steps at once.
+        num_steps = in_flight.num_awaited if self.limits.num_stages == 1 else 1
+        sampled = in_flight.sampled * num_steps
+        if len(tokens.token_ids) != len(sampled) or len(tokens.logprobs) not in (0, len(sampled)):
+            raise WireError(f"{len(tokens.token_ids)} tokens, where {len(sampled)} were to come")
+        self._measure(in_flight, tokens, at_s, num_steps)
+        in_flight.num_back, in_flight.since_s = in_flight.num_back + num_steps, at_s
+        if not in_flight.num_awaited:
+            self._books.come_back(micro_batch)
+        return sampled
+
+    def _measure(self, in_flight: InFlight, tokens: Tokens, at_s: float, num_steps: int) -> None:
+        self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=num_steps)
         self.tuner.observe(
-            num_rows=delta.num_rows,
+            num_rows=in_flight.step.delta.num_rows,
             timings=tokens.timings,
-            round_trip_s=at_s - answered.issued_at_s,
-            num_steps=delta.num_steps,
+            round_trip_s=at_s - in_flight.since_s,
+            num_steps=num_steps,
         )
         self._steps_since_retune += 1
         if self._steps_since_retune >= RETUNE_STEPS:
@@ -316,15 +336,23 @@ class Machine:
         return (0 if is_spare and num_members else 2 if is_spare else 1, num_members)
 
     def _issue(self, epoch: int, micro_batch: MicroBatch, at_s: float) -> list[Command]:
-        most_steps = self.tuner.steps_at_once(len(micro_batch.members)) if self._books.num_open == 1 else 1
-        delta = self._compose(self._books, micro_batch, most_steps=most_steps)
+        delta = self._compose(self._books, micro_batch, most_steps=self._most_steps(micro_batch))
         if delta == Delta():
             return []
         step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
-        micro_batch.next_step += 1
+        micro_batch.next_step += delta.num_steps
         micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
         self.meter.issued(at_s)
         return [IssueStep(step)]
+
+    def _most_steps(self, micro_batch: MicroBatch) -> int:
+        """That may be issued at once. With fewer sequences than micro-batches a newcomer finds one that rests."""
+        books, limits = self._books, self.limits
+        take_turns = limits.num_stages == 1 and books.num_open > 1
+        if not self._is_ring or limits.schedule is not Schedule.CONTINUOUS or take_turns:
+            return 1
+        holds_up = books.num_admitted + len(books.waiting) >= books.num_open
+        return self.tuner.steps_at_once(len(micro_batch.members), holds_up=holds_up)
 
     # --- invariants ---
 
@@ -341,20 +369,6 @@ class Machine:
             _assert(not any(batch.members for batch in resting), "a micro-batch with members rests")
         if self._epoch is not None and len(resting) == len(books.micro_batches):
             _assert(not places and not books.to_forget, "there is work and the pipeline is empty")
-
-
-def _answered(micro_batch: MicroBatch | None, tokens: Tokens) -> InFlight:
-    """The step that `tokens` answers; its micro-batch rests again. Raises WireError."""
-    if micro_batch is None:
-        raise WireError(f"tokens for micro-batch {tokens.micro_batch}, of which there is none")
-    answered = micro_batch.in_flight
-    if answered is None or answered.step.step != tokens.step:
-        raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
-    num_awaited = len(answered.awaited)
-    if len(tokens.token_ids) != num_awaited or len(tokens.logprobs) not in (0, num_awaited):
-        raise WireError(f"{len(tokens.token_ids)} tokens, where {num_awaited} were to come")
-    micro_batch.in_flight = None
-    return answered
 
 
 def _finish(sequence: Sequence, reason: FinishReason, at_s: float) -> FinishRequest:

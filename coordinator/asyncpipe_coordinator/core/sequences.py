@@ -108,18 +108,23 @@ def _for_stages(sampling: Sampling, *, seed: int, was_scored: bool) -> Sampling:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InFlight:
-    """A step in the pipeline, or several at once, and when it was issued."""
+    """A step in the pipeline, or several at once, of which some may be back."""
 
     step: Step
-    sampled: tuple[Sequence, ...]
-    issued_at_s: float
+    sampled: tuple[Sequence, ...]  # for each token that a step brings: whose it is
+    since_s: float  # when it was issued, or the last tokens came
+    num_back: int = 0
 
     @property
-    def awaited(self) -> tuple[Sequence, ...]:
-        """For each token that it brings: whose it is."""
-        return self.sampled * self.step.delta.num_steps
+    def num_awaited(self) -> int:
+        return self.step.delta.num_steps - self.num_back
+
+    @property
+    def next_number(self) -> int:
+        """Of the step whose tokens come next."""
+        return self.step.step + self.num_back
 
 
 @dataclass(slots=True)
@@ -129,5 +134,11 @@ class MicroBatch:
     index: int
     members: list[Sequence] = field(default_factory=list)
     in_flight: InFlight | None = None
+    ended: list[Sequence] = field(default_factory=list)  # members whom the steps in flight go on computing
     next_step: int = 0
     num_started: int = 0  # static batching: how many sequences the batch began with
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the steps that are in flight follow each other by themselves, and others may come between them."""
+        return self.in_flight is not None and self.in_flight.step.delta.num_steps > 1

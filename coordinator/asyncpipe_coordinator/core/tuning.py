@@ -4,7 +4,8 @@ With M micro-batches of b sequences, a stage that takes t(b), and an overhead o 
 least the sum of the stages' times and o, and the slowest stage needs M t(b) for one step of each. So M b tokens come back in
 max(M max t(b), sum t(b) + o) seconds. More micro-batches than fill the pipeline make each one smaller, when there are only so
 many sequences, and a stage's time hardly depends on its batch: then they cost throughput. One stage whose steps are short does
-without them: several steps at once share one overhead.
+without them: several steps at once share one overhead. Where several stages take several steps at once, each has the overhead
+of its links only, which is what is measured then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
 SLACK = 1.5  # overheads vary; plan for more than the mean
 CLOCK_S = 1e-6  # what stages measure with
-AT_ONCE_S = 0.04  # of steps without a turn through the coordinator: whoever comes waits for them, and text comes in such jerks
+AT_ONCE_S = 0.04  # of steps without a turn through the coordinator, where whoever comes waits for them
+ALONE_S = 0.2  # of such steps where nobody does: what is computed after a sequence's end is for nothing
 EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
 
 
@@ -74,11 +76,13 @@ class Tuner:
     def round_trip_s(self) -> float:
         return self._round_trip.at(0.0) if self._stages else 0.0
 
-    def steps_at_once(self, num_rows: int) -> int:
-        """Of so many rows, without a turn through the coordinator between them: only one stage can do that."""
-        if self.num_stages > 1 or not self._stages:
+    def steps_at_once(self, num_rows: int, *, holds_up: bool = True) -> int:
+        """Of so many rows, without a turn through the coordinator between them; `holds_up`: whoever comes."""
+        if not self._stages:
             return 1
-        return min(max(int(AT_ONCE_S / max(self._stages[0].at(num_rows), CLOCK_S)), 1), MAX_STEPS_AT_ONCE)
+        step_s = sum(line.at(num_rows) for line in self._stages) + (self.overhead_s if self.num_stages > 1 else 0.0)
+        most_s = AT_ONCE_S if holds_up or self.num_stages == 1 else ALONE_S
+        return min(max(int(most_s / max(step_s, CLOCK_S)), 1), MAX_STEPS_AT_ONCE)
 
     def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,

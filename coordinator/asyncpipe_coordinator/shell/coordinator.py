@@ -73,12 +73,6 @@ class Tick:
     """Local: time has passed."""
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    step: Step
-    issued_at_s: float
-
-
 LocalMessage = PipelineUp | PipelineGone | WorkerLost | Tick | SendFailed | Down
 AnyMessage = Generate | Cancel | WorkerToCoordinator | LocalMessage
 
@@ -106,7 +100,6 @@ class CoordinatorActor(Actor):
         self._pool: WorkerPool | None = None
         self._is_up = False
         self._num_epochs = 0
-        self._in_flight: dict[int, InFlight] = {}  # by micro-batch
         self._long_prompts = LongPrompts(
             codec,
             max_tokens=model.max_context_len - 1,
@@ -120,7 +113,6 @@ class CoordinatorActor(Actor):
         """Whose workers join, and compute; None: it is to end, and that its workers leave is no loss."""
         if pool is None:
             self._is_up = False
-            self._in_flight.clear()
             self._handle(events.PipelineLost())
         self._pool = pool
 
@@ -197,9 +189,6 @@ class CoordinatorActor(Actor):
     def _on_tokens(self, tokens: Tokens) -> None:
         if not self._is_from(self._num_stages - 1):
             return
-        sent = self._in_flight.get(tokens.micro_batch)
-        if sent is not None and sent.step.epoch == tokens.epoch and sent.step.step == tokens.step:
-            del self._in_flight[tokens.micro_batch]
         try:
             self._handle(events.TokensArrived(tokens=tokens, at_s=time.monotonic()))
         except WireError as error:
@@ -223,21 +212,19 @@ class CoordinatorActor(Actor):
         if missing := [stage for stage in range(self._num_stages) if stage not in self._pool.workers]:
             self._lose_pipeline(missing, StageLost(f"stage {missing[0]} was lost while the pipeline was brought up"))
             return
-        self._handle(events.PipelineReady(epoch=epoch, kv_blocks=self._pool.kv_blocks, at_s=time.monotonic()))
+        ready = events.PipelineReady(
+            epoch=epoch, kv_blocks=self._pool.kv_blocks, is_ring=self._pool.is_ring, at_s=time.monotonic()
+        )
+        self._handle(ready)
 
     def _on_tick(self) -> None:
         now_s = time.monotonic()
         self._handle(events.Tick(at_s=now_s))
-        for sent in self._in_flight.values():
-            if now_s - sent.issued_at_s > self._step_timeout_s:
-                self._lose_pipeline(
-                    range(self._num_stages),  # nobody knows where it got stuck
-                    StageLost(
-                        f"no tokens came back for micro-batch {sent.step.micro_batch}, step {sent.step.step},"
-                        f" within {self._step_timeout_s:g} s"
-                    ),
-                )
-                return
+        late = self._machine.step_awaited_since(now_s - self._step_timeout_s)
+        if late is not None:
+            what = f"no tokens came back for micro-batch {late.micro_batch}, step {late.step}"
+            error = StageLost(f"{what}, within {self._step_timeout_s:g} s")
+            self._lose_pipeline(range(self._num_stages), error)  # nobody knows where it got stuck
 
     # --- losses ---
 
@@ -245,7 +232,7 @@ class CoordinatorActor(Actor):
         reporter = self._pool.stage_of(self._sender()) if self._pool is not None else None
         if reporter is None or self._pool is None or message.epoch != self._pool.epoch:
             return
-        if abs(message.stage - reporter) <= 1 and message.stage < self._num_stages:
+        if message.stage in {(reporter + way) % self._num_stages for way in (-1, 0, 1)}:
             self._lose_stage(message.stage, from_data(message.error))
 
     def _on_worker_lost(self, message: WorkerLost) -> None:
@@ -281,7 +268,6 @@ class CoordinatorActor(Actor):
         if not self._is_up or self._pool is None:
             return
         self._is_up = False
-        self._in_flight.clear()
         self._handle(events.PipelineLost())
         self._on_pipeline_lost(Loss(tuple(stages), error))
 
@@ -329,7 +315,6 @@ class CoordinatorActor(Actor):
     def _issue(self, step: Step) -> None:
         assert self._pool is not None  # noqa: S101 - the machine issues only between PipelineReady and PipelineLost
         first = self._pool.first
-        self._in_flight[step.micro_batch] = InFlight(step, time.monotonic())
         try:
             # There are more credits than micro-batches, so this is never Busy.
             first.tell_nowait(step)

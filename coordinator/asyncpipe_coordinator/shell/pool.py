@@ -41,14 +41,15 @@ class WorkerPool:
     on_progress: OnProgress
     epoch: int = 0
     workers: dict[int, Worker] = field(default_factory=dict)  # by stage
+    is_ring: bool = True  # the last stage reaches the first, and tokens need not go through the coordinator
 
     async def bring_up(self, epoch: int) -> None:
-        """Every stage has a worker, which has its layers, no sequences, and a link to the next stage.
+        """Every stage has a worker, which has its layers, no sequences, and a link to the next stage, in a ring if that can be.
 
         Raises Invalid for what a worker found wrong; StageLost, Broken or Timeout for one that was lost meanwhile, which can
         be tried again.
         """
-        self.epoch = epoch
+        self.epoch, self.is_ring = epoch, True
         if not self.workers:
             self._warn_of_crowding()
         if missing := [stage for stage in range(len(self.layers)) if stage not in self.workers]:
@@ -123,7 +124,7 @@ class WorkerPool:
     def _plan(self, stage: int, worker: Worker) -> LoadStage:
         config, layers = self.config, self.layers[stage]
         neighbours = self._num_on_machine(worker)
-        previous = self.workers.get(stage - 1)
+        previous = self.workers.get((stage - 1) % len(self.layers))
         cpus = config.cpus
         return LoadStage(
             epoch=self.epoch,
@@ -135,7 +136,7 @@ class WorkerPool:
             model=config.model_name,
             device=config.device_of(stage) if config.workers_are_local else "",
             cpus=cpu_list(cpus[stage]) if cpus is not None else "",
-            previous_key=previous.join.public_key if previous is not None else "",
+            previous_key=previous.join.public_key if previous not in (None, worker) else "",
             config_json=msgspec.json.encode(self.model.config).decode(),
             dtype=self._dtype(),
             quantize=config.quantize or "",
@@ -153,9 +154,9 @@ class WorkerPool:
             dummy_weights=config.dummy_weights,
         )
 
-    def _link_wish(self, worker: Worker, following: Worker | None) -> str:
+    def _link_wish(self, worker: Worker, following: Worker) -> str:
         """torch encrypts nothing: where there are keys, what leaves a machine travels in messages unless told otherwise."""
-        is_secret = following is not None and bool(following.join.public_key) and following.join.machine != worker.join.machine
+        is_secret = bool(following.join.public_key) and following.join.machine != worker.join.machine
         return LinkKind.ZMQ if self.config.link == "auto" and is_secret else self.config.link_wish
 
     def _num_on_machine(self, worker: Worker) -> int:
@@ -176,19 +177,27 @@ class WorkerPool:
             log.warning("%s share %d cores, and wait for each other: use fewer --threads-per-stage", what, find_cores().count)
 
     async def _connect_next(self, stage: int, worker: Worker) -> None:
-        following = self.workers.get(stage + 1)
-        message = ConnectNext(
-            epoch=self.epoch,
-            address=following.join.address if following is not None else None,
-            public_key=following.join.public_key if following is not None else "",
-            link=self._link_wish(worker, following),
-        )
+        """The last stage's next is the first: by that way tokens need not go through the coordinator."""
+        following = self.workers.get((stage + 1) % len(self.layers))
+        message = ConnectNext(epoch=self.epoch, address=None)
+        if following is not None and following is not worker:
+            message = ConnectNext(
+                epoch=self.epoch,
+                address=following.join.address,
+                public_key=following.join.public_key,
+                link=self._link_wish(worker, following),
+            )
         ready: Ready = await worker.ref.ask(message, timeout=CONNECT_TIMEOUT_S)
         if ready.stage != stage:
             raise Invalid(f"{self.describe(stage)} answers for stage {ready.stage}")
-        if ready.obstacle:
-            log.warning("hidden states of stage %d travel in its messages: %s", stage, ready.obstacle)
         worker.link, worker.is_doubtful = ready.link, False
+        if not ready.obstacle:
+            return
+        if stage < len(self.layers) - 1:
+            log.warning("hidden states of stage %d travel in its messages: %s", stage, ready.obstacle)
+        else:
+            self.is_ring = False
+            log.warning("tokens reach stage 0 only through the coordinator, not from stage %d: %s", stage, ready.obstacle)
 
 
 async def _counters(worker: Worker) -> StageCounters | None:
