@@ -24,12 +24,12 @@ from report import in_turn, print_result
 
 from asyncpipe_workers.attention import QKV, KeysValues, attend_rows
 from asyncpipe_workers.compiled.linears import CompiledFloatLinear, CompiledInt4Linear, CompiledInt8Linear
-from asyncpipe_workers.layout import Row
+from asyncpipe_workers.layout import Row, Seen
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models.int4 import Int4Linear
 from asyncpipe_workers.models.int8 import Int8Linear
 from asyncpipe_workers.models.kernels import PackedLinear, PlainLinear, ResidentLinear
-from asyncpipe_workers.newest import NewestAttention, Seen
+from asyncpipe_workers.newest import NewestAttention
 
 HIDDEN = 2048
 SHAPES = ((3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))  # a layer of OPT-1.3b

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncpipe.wire.messages import Delta
-from asyncpipe_workers import decode_tape, newest, stage_model
+from asyncpipe_workers import decode_tape, layout, stage_model
 from asyncpipe_workers.decode_tape import DecodeTapes, TapedSweep
 from asyncpipe_workers.sampling import Sampled
 from asyncpipe_workers.stage_model import StageModel
@@ -100,7 +100,7 @@ def test_logits_are_those_of_steps_call_by_call(
     model: str, split: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While sequences come and go, and become longer than a tape has room for."""
-    monkeypatch.setattr(newest, "SCRATCH_TOKENS", 16)
+    monkeypatch.setattr(layout, "SCRATCH_TOKENS", 16)
     prompts = distinct_prompts(5, longest=70)
     deltas = [
         joining(*(opened(n, prompts[n]) for n in range(3))),
@@ -174,7 +174,7 @@ def test_any_script_gives_the_same_logits(
     path = tmp_path / model
     if not path.is_dir():
         MODELS[model](path)
-    monkeypatch.setattr(newest, "SCRATCH_TOKENS", 16)
+    monkeypatch.setattr(layout, "SCRATCH_TOKENS", 16)
     running, number, deltas = [0], 1, [joining(opened(0, [5, 6, 7]))]
     for what in script:
         tokens = [20 + len(deltas) + n for n in running]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from asyncpipe_workers.layout import Rotation
 from asyncpipe_workers.models import layers, row_kernels
 from asyncpipe_workers.models.layers import ACTIVATIONS, RMSNorm, gated, scaled
-from asyncpipe_workers.models.rope import Rotation, rotate
+from asyncpipe_workers.models.rope import rotate
 from asyncpipe_workers.models.row_kernels import row_kernel
 
 EPS = 1e-5

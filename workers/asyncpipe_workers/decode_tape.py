@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.layout import Frequencies, Rotation, Seen, StepLayout
 from asyncpipe_workers.memory.kv import ArenaKV
-from asyncpipe_workers.models.rope import Rope, Rotation
 from asyncpipe_workers.models.units import Layer
-from asyncpipe_workers.newest import Seen
 from asyncpipe_workers.sweep import Result, Sweep, Work
 from asyncpipe_workers.tape import OtherCalls, Tape, TapeMemory, recording
 
@@ -33,7 +31,7 @@ class _Recorded(NamedTuple):
     """A step's tape, and where its numbers come from and go to."""
 
     seen: Mapping[int | None, Seen]
-    rotations: Mapping[Rope, Rotation]
+    rotations: Mapping[Frequencies, Rotation]
     hidden_BD: torch.Tensor
     output_BD: torch.Tensor
     tape: Tape  # which has all memory in between
@@ -61,7 +59,7 @@ class DecodeTapes:
         self._cache = cache
         self._memory = TapeMemory()
         self._tapes: dict[int, _Recorded] = {}  # by the number of rows
-        self._ropes: set[Rope] = set()  # that layers have asked for, and windows
+        self._ropes: set[Frequencies] = set()  # that layers have asked for, and windows
         self._windows: set[int | None] = set()
         self._most_rows = MAX_ROWS
 

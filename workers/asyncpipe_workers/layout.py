@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from asyncpipe_workers.sampling import Sampler
 
-if TYPE_CHECKING:
-    from asyncpipe_workers.models.rope import Rope, Rotation
-    from asyncpipe_workers.newest import Seen
+SCRATCH_TOKENS = 256  # of which kernels' scratch has room for a multiple
 
 
 @dataclass(slots=True)
@@ -45,6 +43,33 @@ class RowGroup(NamedTuple):
     places: slice
     newest: tuple[int, ...]  # of each: where its new token goes
     mask_N11C: torch.Tensor | None  # to be added to scores: -inf for what a row does not see; None: each sees all
+
+
+class Seen(NamedTuple):
+    """What each of the rows sees: the same in every layer of one window."""
+
+    sequences_B3: torch.Tensor  # int64: slot, first token, length
+    longest: int  # tokens that one may see, so that the same scratch does for many steps
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], window: int | None) -> Seen:
+        firsts = [0 if window is None else max(row.length - window, 0) for row in rows]
+        sequences = [(row.slot, first, row.length) for row, first in zip(rows, firsts, strict=True)]
+        longest = max(length - first for _, first, length in sequences)
+        return cls(torch.tensor(sequences), -(-longest // SCRATCH_TOKENS) * SCRATCH_TOKENS)
+
+
+class Rotation(NamedTuple):
+    """Of each row of a step: the cosine for both halves of a head, the sine for one."""
+
+    cos_T1K: torch.Tensor
+    sin_T1F: torch.Tensor
+
+
+class Frequencies(Protocol):
+    """By which positions become rotations: see `models.rope`."""
+
+    def rotation(self, layout: StepLayout, dtype: torch.dtype) -> Rotation: ...
 
 
 class FixedRows(NamedTuple):
@@ -76,9 +101,9 @@ class StepLayout:
     sampled: list[Member] = field(default_factory=list)  # whose next token this step gives, in micro-batch order
     sampled_rows: torch.Tensor | None = None  # of each
     groups: dict[int | None, list[RowGroup]] = field(default_factory=dict)  # by window, once they have been found
-    seen: dict[int | None, Seen] = field(default_factory=dict)  # by the rows; the same where they need no groups
+    seen: dict[int | None, Seen] = field(default_factory=dict)  # by window; the same where rows need no groups
     prompt_lens: list[int] = field(default_factory=list)  # T; of each row's sequence
-    rotations: dict[Rope, Rotation] = field(default_factory=dict)  # by rotary frequencies, once they have been computed
+    rotations: dict[Frequencies, Rotation] = field(default_factory=dict)  # once they have been computed
     fixed: FixedRows | None = None  # of all rows, in place of `rows`, when they are on the device
 
     def __len__(self) -> int:

@@ -7,31 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 
 from asyncpipe_workers.attention import QKV, KeysValues, attend_rows
-from asyncpipe_workers.layout import Row
+from asyncpipe_workers.layout import Row, Seen
 from asyncpipe_workers.quickest import Call, quickest
 from asyncpipe_workers.tape import new_tensor
-
-SCRATCH_TOKENS = 256  # of which scratch has room for a multiple
-
-
-class Seen(NamedTuple):
-    """What each of the newest tokens sees: the same in every layer of one window."""
-
-    sequences_B3: torch.Tensor  # int64: slot, first token, length
-    longest: int  # tokens that one may see, so that the same scratch does for many steps
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], window: int | None) -> Seen:
-        firsts = [0 if window is None else max(row.length - window, 0) for row in rows]
-        sequences = [(row.slot, first, row.length) for row, first in zip(rows, firsts, strict=True)]
-        longest = max(length - first for _, first, length in sequences)
-        return cls(torch.tensor(sequences), -(-longest // SCRATCH_TOKENS) * SCRATCH_TOKENS)
 
 
 class NewestAttention:

@@ -25,8 +25,8 @@ import torch
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.attention import PLAIN, QKV, AttentionForm, KeysValues, attend_rows, score_bias
 from asyncpipe_workers.indices import indices
-from asyncpipe_workers.layout import FixedRows, RowGroup, StepLayout
-from asyncpipe_workers.newest import Seen, newest_attention
+from asyncpipe_workers.layout import FixedRows, RowGroup, Seen, StepLayout
+from asyncpipe_workers.newest import newest_attention
 from asyncpipe_workers.step_attention import attend, attend_groups
 
 CALL_BYTES = 512 << 10  # that a core reads while it could call another kernel

@@ -10,25 +10,18 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from asyncpipe.errors import Invalid
 from asyncpipe_workers.indices import indices
-from asyncpipe_workers.layout import StepLayout
+from asyncpipe_workers.layout import Rotation, StepLayout
 from asyncpipe_workers.models.row_kernels import row_kernel
 
 DEFAULT_THETA = 10_000.0
 
 Parameters = Mapping[str, Any]
-
-
-class Rotation(NamedTuple):
-    """Of each row of a step: the cosine for both halves, the sine for one."""
-
-    cos_T1K: torch.Tensor
-    sin_T1F: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
