@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from asyncpipe.errors import Invalid, StageLost, WireError, to_data
-from asyncpipe.wire.messages import FinishReason, Step, TokenLogprobs, Tokens
+from asyncpipe.wire.messages import FinishReason, StageTiming, Step, TokenLogprobs, Tokens
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.limits import Schedule
 from asyncpipe_coordinator.core.machine import Machine
@@ -54,6 +54,23 @@ def test_a_long_prompt_is_computed_in_chunks_through_all_micro_batches_at_once()
     core = machine()
     issued = steps(core.handle(submitted("long", prompt_len=2000)))
     assert [(step.micro_batch, step.delta.chunks[0].count) for step in issued] == [(0, 512), (1, 512)]
+
+
+def test_a_prompt_that_comes_while_nobody_decodes_is_computed_in_parts_that_overlap() -> None:
+    core = machine()
+    for rows, compute_us in (*[(1, 4_500)] * 2, *[(100, 54_000)] * 2):
+        timings = [StageTiming(0, compute_us)] * 2
+        core.tuner.observe(num_rows=rows, timings=timings, round_trip_s=0.0, has_prompts=rows > 1)
+    count = core.tuner.part(500, most=512)
+    assert count == 128
+    issued = steps(core.handle(submitted("a", prompt_len=500)))
+    parts = []
+    while issued:
+        step = issued.pop(0)
+        parts += [chunk.count for chunk in step.delta.chunks]
+        issued += steps(answer(core, step, *[9] * (sum(parts) == 500), at_s=0.0))
+    assert parts[:2] == [count, count], "one for each stage"
+    assert min(parts[:-1]) == count, "and not ever smaller ones"
 
 
 def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_goes_on() -> None:

@@ -77,6 +77,46 @@ def test_short_steps_at_once_need_no_second_micro_batch_to_hide_the_way_between_
     assert long.best(num_sequences=8, max_sequences=8, most=8) > 1
 
 
+def measured(num_stages: int, times_ms: dict[int, float], *, overhead_ms: float = 0.0) -> Tuner:
+    """By decode steps of one row, and parts of prompts of more, on stages that are all alike. First times are slow."""
+    tuner = Tuner(num_stages)
+    for rows, ms in times_ms.items():
+        for time_ms in (1000 * ms, ms, ms):
+            timings = [StageTiming(0, int(time_ms * MS))] * num_stages
+            inside_s = sum(timing.compute_us for timing in timings) / 1e6
+            tuner.observe(num_rows=rows, timings=timings, round_trip_s=inside_s + overhead_ms / 1e3, has_prompts=rows > 1)
+    return tuner
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "weights_ms", "per_token_ms", "overhead_ms", "expected"),
+    [
+        (1, 4, 0.5, 0, 400),
+        (2, 4, 0.5, 0, 64),  # (400 / 64 + 1) times 4 + 32 ms, where whole they take 2 times 4 + 200
+        (4, 4, 0.5, 0, 32),
+        (4, 40, 0.5, 0, 128),
+        (4, 40, 0.01, 0, 400),
+        (2, 4, 0.5, 100, 256),
+    ],
+)
+def test_prompts_go_in_parts_that_overlap_as_far_as_weights_are_not_read_too_often(
+    num_stages: int, weights_ms: float, per_token_ms: float, overhead_ms: float, expected: int
+) -> None:
+    times_ms = {rows: weights_ms + rows * per_token_ms for rows in (1, 100)}
+    assert measured(num_stages, times_ms, overhead_ms=overhead_ms).part(400, most=512) == expected
+
+
+def test_what_small_parts_took_decides_about_them() -> None:
+    assert measured(2, {1: 5, 128: 47}).part(128, most=512) == 64
+    assert measured(2, {1: 5, 64: 33, 128: 47}).part(128, most=512) == 128
+    assert measured(2, {1: 5, 64: 33, 128: 47, 512: 220}).part(1024, most=512) == 128
+
+
+def test_prompts_are_not_cut_before_both_kinds_of_steps_were_measured() -> None:
+    for tuner in (Tuner(2), measured(2, {1: 5}), measured(2, {100: 50})):
+        assert [tuner.part(count, most=512) for count in (20, 400, 2000)] == [20, 400, 512]
+
+
 def test_before_any_measurement_there_is_one_a_stage_within_the_bound() -> None:
     assert Tuner(4).best(num_sequences=100, max_sequences=8, most=20) == 4
     assert Tuner(4).best(num_sequences=100, max_sequences=8, most=3) == 3

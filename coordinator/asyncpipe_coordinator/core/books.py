@@ -23,7 +23,8 @@ class Books:
     to_forget: list[int] = field(default_factory=list)  # numbers that the stages hear of with the next step of any micro-batch
     micro_batches: list[MicroBatch] = field(default_factory=list)
     num_open: int = 1  # micro-batches beyond these take nobody and give away whom they have
-    prefill_rate: int = 0  # prompt tokens a step, for as long as some wait
+    prefill_rate: int = 0  # prompt tokens a step while others decode, for as long as some wait
+    idle_prefill: int = 0  # and while nobody does
     num_preemptions: int = 0
     next_number: int = 0
 
@@ -62,6 +63,11 @@ class Books:
         """Sequences that own blocks."""
         num_ended = sum(len(micro_batch.ended) for micro_batch in self.micro_batches)
         return self.num_running + len(self.prefilling) + num_ended
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens of those that wait, or have begun and do not decode yet."""
+        return self.waiting.num_tokens + sum(sequence.num_remaining for sequence in self.prefilling)
 
     def admit(self, *, num_tokens: int) -> Sequence | None:
         """The first waiting sequence, now prefilling, if there are blocks for `num_tokens` of it."""

@@ -46,10 +46,11 @@ class Composition:
         )
 
 
-def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int) -> Delta:
+def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int, idle_prefill: int) -> Delta:
     """Change `micro_batch` and the books for its next step, and describe the change. Its members rest when this is called.
 
-    There are up to `most_steps` at once, where nobody has begun whom they would hold up.
+    There are up to `most_steps` at once, where nobody has begun whom they would hold up; and `idle_prefill` tokens of prompts,
+    where nobody decodes.
     """
     step = Composition()
     _part(books, micro_batch, step)
@@ -58,11 +59,12 @@ def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int) -> Delta:
     step.adopted = [sequence for sequence in step.adopted if sequence.state is SequenceState.RUNNING]
     decode(micro_batch, step)
     _admit(books)
+    budget = prefill_budget(books, micro_batch, idle_prefill=idle_prefill)
     if not books.is_spare(micro_batch):
         room = _share_of_all(books) - len(micro_batch.members)
-        _prefill(books, micro_batch, step, _shares(books.prefilling, prefill_budget(books, micro_batch)), room=room)
+        _prefill(books, micro_batch, step, _shares(books.prefilling, budget), room=room)
     elif not micro_batch.members and micro_batch.index == books.num_open:
-        _prefill(books, micro_batch, step, _newcomers(books), room=books.limits.max_sequences_per_micro_batch)
+        _prefill(books, micro_batch, step, _newcomers(books, budget), room=books.limits.max_sequences_per_micro_batch)
     if not (books.prefilling or books.parked or step.chunks):
         _go_on(books, micro_batch, step, most_steps)
     return step.delta(books)
@@ -162,12 +164,14 @@ def _admit(books: Books) -> None:
             return
 
 
-def prefill_budget(books: Books, micro_batch: MicroBatch) -> int:
-    """Prompt tokens for one step. All that fit when nobody decodes, for then nobody is held up."""
+def prefill_budget(books: Books, micro_batch: MicroBatch, *, idle_prefill: int) -> int:
+    """Prompt tokens for one step. When nobody decodes, nobody is held up."""
     most = max(books.limits.max_step_tokens - len(micro_batch.members), 1)
+    waiting = books.num_uncomputed
     if not books.num_running:
-        return most
-    waiting = books.waiting.num_tokens + sum(sequence.num_remaining for sequence in books.prefilling)
+        books.idle_prefill = max(books.idle_prefill, idle_prefill) if waiting else 0
+        return min(books.idle_prefill, most)
+    books.idle_prefill = 0
     books.prefill_rate = max(books.prefill_rate, -(-waiting // books.limits.prefill_spread_steps)) if waiting else 0
     free_share = books.ledger.num_free / max(books.ledger.num_blocks, 1)
     headroom = max(free_share - KV_RESERVE, 0.0) / (1.0 - KV_RESERVE)
@@ -190,11 +194,11 @@ def _shares(prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int
     return list(shares.items())
 
 
-def _newcomers(books: Books) -> list[tuple[Sequence, int]]:
+def _newcomers(books: Books, budget: int) -> list[tuple[Sequence, int]]:
     """Whole prompts for the spare micro-batch, short ones first: those that would wait behind a long one's chunks."""
     if not any(sequence.num_computed for sequence in books.prefilling):
         return []
-    budget, whole = books.limits.max_step_tokens, []
+    whole = []
     for sequence in sorted(books.prefilling, key=lambda s: s.num_remaining):
         if not sequence.num_computed and sequence.num_remaining <= budget:
             whole.append((sequence, sequence.num_remaining))

@@ -290,6 +290,7 @@ class Machine:
             timings=tokens.timings,
             round_trip_s=at_s - in_flight.since_s,
             num_steps=num_steps,
+            has_prompts=bool(in_flight.step.delta.chunks),
         )
         self._steps_since_retune += 1
         if self._steps_since_retune >= RETUNE_STEPS:
@@ -336,7 +337,9 @@ class Machine:
         return (0 if is_spare and num_members else 2 if is_spare else 1, num_members)
 
     def _issue(self, epoch: int, micro_batch: MicroBatch, at_s: float) -> list[Command]:
-        delta = self._compose(self._books, micro_batch, most_steps=self._most_steps(micro_batch))
+        delta = self._compose(
+            self._books, micro_batch, most_steps=self._most_steps(micro_batch), idle_prefill=self._idle_prefill()
+        )
         if delta == Delta():
             return []
         step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
@@ -353,6 +356,13 @@ class Machine:
             return 1
         holds_up = books.num_admitted + len(books.waiting) >= books.num_open
         return self.tuner.steps_at_once(len(micro_batch.members), holds_up=holds_up)
+
+    def _idle_prefill(self) -> int:
+        """Of prompts, for a step in which nobody decodes. What is brought here for each step is brought as seldom as can be."""
+        num_tokens, most = self._books.num_uncomputed, self.limits.max_step_tokens
+        if not num_tokens or self._books.num_running or self.limits.prefill_spread_steps == 1:
+            return most
+        return self.tuner.part(num_tokens, most=most)
 
     # --- invariants ---
 

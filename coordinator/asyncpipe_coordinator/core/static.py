@@ -11,8 +11,8 @@ from asyncpipe_coordinator.core.continuous import Composition, decode, grow, sta
 from asyncpipe_coordinator.core.sequences import MicroBatch, Sequence
 
 
-def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int) -> Delta:
-    """Like `continuous.compose`, one step at a time."""
+def compose(books: Books, micro_batch: MicroBatch, *, most_steps: int, idle_prefill: int) -> Delta:
+    """Like `continuous.compose`, one step at a time, and whole prompts."""
     step = Composition()
     grow(books, micro_batch)
     if micro_batch.members:

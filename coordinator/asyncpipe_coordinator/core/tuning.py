@@ -1,4 +1,4 @@
-"""How many micro-batches: chosen from measured stage times and round trips.
+"""How many micro-batches, and how large parts of prompts: chosen from measured stage times and round trips.
 
 With M micro-batches of b sequences, a stage that takes t(b), and an overhead o of links and coordinator, a round trip takes at
 least the sum of the stages' times and o, and the slowest stage needs M t(b) for one step of each. So M b tokens come back in
@@ -6,10 +6,16 @@ max(M max t(b), sum t(b) + o) seconds. More micro-batches than fill the pipeline
 many sequences, and a stage's time hardly depends on its batch: then they cost throughput. One stage whose steps are short does
 without them: several steps at once share one overhead. Where several stages take several steps at once, each has the overhead
 of its links only, which is what is measured then.
+
+Prompts that come while nobody decodes go through N stages in C parts, so that each stage begins with the first part while those
+before it compute the next ones. That takes (C + N - 1) times as long as a part takes on the slowest stage, and a part has its
+own time, that of reading the weights, beside that of its tokens.
 """
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +28,9 @@ CLOCK_S = 1e-6  # what stages measure with
 AT_ONCE_S = 0.04  # of steps without a turn through the coordinator, where whoever comes waits for them
 ALONE_S = 0.2  # of such steps where nobody does: what is computed after a sequence's end is for nothing
 EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
+PARTS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens of prompts in a step: kernels have tiles
+PART_WEIGHT = 0.2  # of one more measurement of steps with parts of prompts
+WORTH_PARTS = 0.05  # smaller parts must promise so much less time
 
 
 @dataclass(slots=True)
@@ -50,20 +59,76 @@ class _Line:
 
 
 @dataclass(slots=True)
+class _Mean:
+    """Exponentially weighted, of rows and seconds; the first, of things that nobody had done before, does not count."""
+
+    rows: float = 0.0
+    seconds: float = 0.0
+    count: int = 0
+
+    def add(self, rows: float, seconds: float) -> None:
+        weight = 1.0 if self.count < 2 else PART_WEIGHT
+        self.rows += weight * (rows - self.rows)
+        self.seconds += weight * (seconds - self.seconds)
+        self.count += 1
+
+
+@dataclass(slots=True)
+class _StepTimes:
+    """Of one stage's steps, those with parts of prompts by their size, to a power of two: small products are slower than large
+    ones by more than any line says."""
+
+    decode: _Mean = field(default_factory=_Mean)
+    prefill: dict[int, _Mean] = field(default_factory=dict)
+
+    def add(self, rows: int, seconds: float, *, has_prompts: bool) -> None:
+        mean = self.prefill.setdefault(rows.bit_length(), _Mean()) if has_prompts else self.decode
+        mean.add(rows, seconds)
+
+    @property
+    def is_measured(self) -> bool:
+        return len(self._points) > 1
+
+    @property
+    def _points(self) -> list[tuple[float, float]]:
+        return sorted((mean.rows, mean.seconds) for mean in (self.decode, *self.prefill.values()) if mean.count > 1)
+
+    def at(self, rows: float) -> float:
+        """Between the two measured numbers of rows that are next to it, or on the way on from the last two."""
+        points = self._points
+        place = min(max(bisect.bisect(points, (rows,)), 1), len(points) - 1)
+        (low, low_s), (high, high_s) = points[place - 1 : place + 1]
+        slope = max(high_s - low_s, 0.0) / (high - low) if high > low else 0.0
+        return max(low_s + slope * (rows - low), CLOCK_S)
+
+
+@dataclass(slots=True)
 class Tuner:
     num_stages: int
     _stages: list[_Line] = field(default_factory=list)
+    _parts: list[_StepTimes] = field(default_factory=list)
     _overhead: _Line = field(default_factory=_Line)
     _round_trip: _Line = field(default_factory=_Line)
 
-    def observe(self, *, num_rows: int, timings: Sequence[StageTiming], round_trip_s: float, num_steps: int = 1) -> None:
+    def observe(
+        self,
+        *,
+        num_rows: int,
+        timings: Sequence[StageTiming],
+        round_trip_s: float,
+        num_steps: int = 1,
+        has_prompts: bool = False,
+    ) -> None:
         """One step, or several of so many rows at once: what the stages say, and the time from its issue to its tokens."""
         if len(timings) != self.num_stages or not num_rows:
             return
         if not self._stages:
             self._stages = [_Line() for _ in timings]
-        for line, timing in zip(self._stages, timings, strict=True):
-            line.add(num_rows, timing.compute_us / 1e6 / num_steps)
+            self._parts = [_StepTimes() for _ in timings]
+        for line, times, timing in zip(self._stages, self._parts, timings, strict=True):
+            step_s = timing.compute_us / 1e6 / num_steps
+            line.add(num_rows, step_s)
+            times.add(num_rows, step_s, has_prompts=has_prompts)
         inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
         self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
         self._round_trip.add(0.0, round_trip_s)
@@ -83,6 +148,20 @@ class Tuner:
         step_s = sum(line.at(num_rows) for line in self._stages) + (self.overhead_s if self.num_stages > 1 else 0.0)
         most_s = AT_ONCE_S if holds_up or self.num_stages == 1 else ALONE_S
         return min(max(int(most_s / max(step_s, CLOCK_S)), 1), MAX_STEPS_AT_ONCE)
+
+    def part(self, num_tokens: int, *, most: int) -> int:
+        """Of so many tokens of prompts, those that a step takes, `most` at the most, so that all are through the stages
+        soonest. As many as can be for one stage, and before both kinds of steps were measured."""
+        chosen, best_s = min(num_tokens, most), math.inf
+        if self.num_stages == 1 or not self._stages or not all(stage.is_measured for stage in self._parts):
+            return chosen
+        sizes = [chosen, *(size for size in PARTS if size < chosen)]
+        for size in sizes:
+            count, step_s = num_tokens / size, max(stage.at(size) for stage in self._parts)
+            seconds = (count + self.num_stages - 1) * step_s + count / self.num_stages * self.overhead_s
+            if seconds < best_s * (1 - WORTH_PARTS):
+                chosen, best_s = size, seconds
+        return chosen
 
     def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
