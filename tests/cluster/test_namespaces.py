@@ -320,7 +320,8 @@ def test_a_worker_that_its_neighbours_cannot_reach_is_no_stage(
 def test_slow_cables_are_kept_full_by_several_requests(
     network: Network, checkpoint: Path, keys: Path, undisturbed: list[list[int]]
 ) -> None:
-    """A step travels three times: to stage 0, to stage 1, and back. With one sequence in each, requests share none."""
+    """Each micro-batch has one sequence, so that requests share no step. Of one alone, every token still travels twice: to
+    stage 1, and from there to stage 0."""
 
     async def scenario() -> None:
         options = ("--micro-batches", "8", "--max-sequences", "1")
@@ -330,7 +331,7 @@ def test_slow_cables_are_kept_full_by_several_requests(
             together = await cluster.stream(num_prompts=8, num_tokens=FEW_TOKENS)
             assert token_ids_of(alone) == [undisturbed[0][:FEW_TOKENS]]
             assert token_ids_of(together) == [token_ids[:FEW_TOKENS] for token_ids in undisturbed]
-            assert tokens_per_s(alone) < 1 / (3 * SLOW_S)
+            assert tokens_per_s(alone) < 1 / (2 * SLOW_S)
             assert tokens_per_s(together) > 3 * tokens_per_s(alone)
 
     run(scenario(), timeout_s=90)
