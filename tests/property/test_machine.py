@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from asyncpipe.errors import ErrorCode, ErrorData
 from asyncpipe.wire.messages import Sampling, StageTiming, Tokens
 from asyncpipe_coordinator.core import commands, events
+from asyncpipe_coordinator.core import machine as machine_module
 from asyncpipe_coordinator.core.limits import Limits, Schedule
 from asyncpipe_coordinator.core.machine import Machine
+from asyncpipe_coordinator.core.tuning import Tuner
 from tests.fake_stages import FakeStages, next_token
 
 EOS = 2
@@ -38,6 +41,15 @@ def limits(
     )
 
 
+class RestlessTuner(Tuner):
+    def __init__(self, num_stages: int, rng: random.Random) -> None:
+        super().__init__(num_stages)
+        self.rng = rng
+
+    def best(self, *, most: int, **_: object) -> int:
+        return self.rng.randint(1, min(most, 5))
+
+
 class PipelineModel(RuleBasedStateMachine):
     """Plays the stages and the clients, and keeps its own books of both."""
 
@@ -58,7 +70,10 @@ class PipelineModel(RuleBasedStateMachine):
     @initialize(micro_batches=st.sampled_from([None, 1, 2, 5]), seed=st.integers(0, 2**16))
     def begin(self, micro_batches: int | None, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.machine = Machine(limits(self.schedule, micro_batches=micro_batches, num_stages=self.num_stages))
+        self.machine = self.begin_machine(micro_batches)
+
+    def begin_machine(self, micro_batches: int | None) -> Machine:
+        return Machine(limits(self.schedule, micro_batches=micro_batches, num_stages=self.num_stages))
 
     def handle(self, event: events.Event) -> None:
         for command in self.machine.handle(event):
@@ -82,8 +97,8 @@ class PipelineModel(RuleBasedStateMachine):
         return 3 * CONTEXT if self.schedule is Schedule.STATIC else 8 + 1
 
     @precondition(lambda self: not self.is_up)
-    @rule(num_blocks=st.sampled_from([CONTEXT // BLOCK_TOKENS, 9, 100]))
-    def pipeline_comes_up(self, num_blocks: int) -> None:
+    @rule(num_blocks=st.sampled_from([CONTEXT // BLOCK_TOKENS, 9, 100]), shares_memory=st.booleans())
+    def pipeline_comes_up(self, num_blocks: int, shares_memory: bool) -> None:
         self.epoch += 1
         self.is_up = True
         self.stages = FakeStages(
@@ -93,7 +108,8 @@ class PipelineModel(RuleBasedStateMachine):
             max_members=3,
             choose=lambda tokens: self.rng.choice([EOS, *[next_token(tokens)] * 3]),
         )
-        self.handle(events.PipelineReady(epoch=self.epoch, kv_blocks=num_blocks, at_s=self.now_s))
+        ready = events.PipelineReady(epoch=self.epoch, kv_blocks=num_blocks, shares_memory=shares_memory, at_s=self.now_s)
+        self.handle(ready)
 
     @precondition(lambda self: self.is_up)
     @rule(surely=st.integers(0, 4))
@@ -206,6 +222,24 @@ class QuickPipelineModel(PipelineModel):
     second_s = 0.001
 
 
+class RestlessPipelineModel(QuickPipelineModel):
+    """With any number of micro-batches, and soon another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often = mock.patch.object(machine_module, "RETUNE_STEPS", 2)
+        self.often.start()
+
+    def begin_machine(self, micro_batches: int | None) -> Machine:
+        machine = super().begin_machine(micro_batches)
+        machine.tuner = RestlessTuner(self.num_stages, self.rng)
+        return machine
+
+    def teardown(self) -> None:
+        self.often.stop()
+        super().teardown()
+
+
 class OneStageModel(PipelineModel):
     num_stages = 1
 
@@ -221,11 +255,13 @@ class StaticModel(PipelineModel):
 OPTIONS = {"stateful_step_count": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}
 PipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
 QuickPipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
+RestlessPipelineModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
 OneStageModel.TestCase.settings = settings(max_examples=200, **OPTIONS)
 BarrierModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
 StaticModel.TestCase.settings = settings(max_examples=50, **OPTIONS)
 TestContinuous = PipelineModel.TestCase
 TestQuick = QuickPipelineModel.TestCase
+TestRestless = RestlessPipelineModel.TestCase
 TestOneStage = OneStageModel.TestCase
 TestBarrier = BarrierModel.TestCase
 TestStatic = StaticModel.TestCase

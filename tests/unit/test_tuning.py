@@ -7,6 +7,7 @@ import pytest
 from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
 from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
 from asyncpipe_coordinator.core.tuning import Tuner
+from asyncpipe_coordinator.core.turns import ENOUGH, STALE
 
 MS = 1000  # in microseconds
 
@@ -75,6 +76,63 @@ def test_short_steps_at_once_need_no_second_micro_batch_to_hide_the_way_between_
     long = tuned([2.0], overhead_ms=30.0, rows=(4, 8), per_row_ms=5.0)
     assert short.best(num_sequences=8, max_sequences=8, most=8) == 1
     assert long.best(num_sequences=8, max_sequences=8, most=8) > 1
+
+
+def round_trips(tuner: Tuner, num_micro_batches: int, *times_ms: float, num_sequences: int = 8) -> None:
+    for ms in times_ms:
+        tuner.observe_decoding(num_micro_batches=num_micro_batches, num_sequences=num_sequences, round_trip_s=ms / 1e3)
+
+
+def chosen(tuner: Tuner, *, num_sequences: int = 8, **options: bool) -> int:
+    return tuner.best(num_sequences=num_sequences, max_sequences=32, most=12, **({"may_take_turns": True} | options))
+
+
+@pytest.mark.parametrize(("in_turns_ms", "expected"), [(12, 1), (18.9, 1), (19.1, 2), (30, 2)])
+def test_stages_take_turns_where_a_short_trial_has_shown_that_it_is_quicker(in_turns_ms: float, expected: int) -> None:
+    tuner = tuned([10.0, 10.0], overhead_ms=1.0)
+    round_trips(tuner, 2, *[20.0] * (ENOUGH - 1))
+    assert chosen(tuner) == 2
+    round_trips(tuner, 2, 500.0)
+    assert chosen(tuner) == 1, "it is tried"
+    round_trips(tuner, 1, 500.0, *[in_turns_ms] * (ENOUGH - 1))
+    assert chosen(tuner) == expected
+    assert chosen(tuner, may_take_turns=False) == 2
+    assert chosen(tuner, num_sequences=33) == 2, "they do not fit into one micro-batch"
+    assert chosen(tuner, num_sequences=16) == 2, "of so many nothing is known"
+
+
+def test_turns_are_judged_by_the_work_of_as_many_sequences() -> None:
+    """15 in two micro-batches come back as soon as 9 in one; a step of 9 takes 7 times 9 ms, of 15 it takes 7 times 15."""
+    tuner = tuned([0.01, 0.01], overhead_ms=0.0, rows=(8, 16), per_row_ms=1.0)
+    round_trips(tuner, 2, *[20.0] * ENOUGH, num_sequences=15)
+    round_trips(tuner, 1, *[18.0] * ENOUGH, num_sequences=9)
+    assert chosen(tuner, num_sequences=9) == 2
+
+
+def test_turns_are_not_tried_where_a_trial_would_take_long() -> None:
+    tuner = tuned([100.0, 100.0], overhead_ms=1.0)
+    round_trips(tuner, 2, *[200.0] * ENOUGH)
+    assert chosen(tuner) == 2
+
+
+@pytest.mark.parametrize(("way", "other"), [(2, 1), (1, 2)])
+def test_what_has_not_been_measured_for_long_is_measured_again(way: int, other: int) -> None:
+    tuner = tuned([10.0, 10.0], overhead_ms=1.0)
+    ms = {way: 15.0, other: 20.0}
+    round_trips(tuner, other, *[ms[other]] * ENOUGH)
+    round_trips(tuner, way, *[ms[way]] * (STALE - 1))
+    assert chosen(tuner) == way
+    round_trips(tuner, way, ms[way])
+    assert chosen(tuner) == other
+
+
+def test_a_step_without_others_beside_it_does_not_say_how_long_one_takes_beside_them() -> None:
+    tuner = tuned([10.0, 10.0], overhead_ms=10.0)
+    before = tuner.steps_at_once(8, holds_up=False)
+    timings = [StageTiming(0, MS), StageTiming(0, MS)]
+    for _ in range(50):
+        tuner.observe(num_rows=8, timings=timings, round_trip_s=0.012, in_turns=True)
+    assert tuner.steps_at_once(8, holds_up=False) == before
 
 
 def measured(num_stages: int, times_ms: dict[int, float], *, overhead_ms: float = 0.0) -> Tuner:

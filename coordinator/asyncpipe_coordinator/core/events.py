@@ -48,12 +48,14 @@ class StopStringFound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineReady:
-    """`kv_blocks` is what fits into the stage with the least room. In a ring the last stage reaches the first one."""
+    """`kv_blocks` is what fits into the stage with the least room. In a ring the last stage reaches the first one. Stages that
+    share memory are slower while others read it."""
 
     epoch: int
     kv_blocks: int
     at_s: float
     is_ring: bool = True
+    shares_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

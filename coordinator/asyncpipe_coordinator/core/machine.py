@@ -68,7 +68,7 @@ class Machine:
         self.meter = EfficiencyMeter(limits.num_stages)
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
-        self._is_ring = False
+        self._is_ring = self._shares_memory = False
         self._gone: ErrorData | None = None
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
         self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
@@ -144,6 +144,8 @@ class Machine:
             sequence.most_generated = sequence.most_within(self.max_context_len)
             if ended := self._end_if_due(sequence, generated[-1], request.at_s):
                 return ended  # only its last words were lost
+        if self._takes_turns:
+            self._open_micro_batches()
         return self._issue_idle(request.at_s)
 
     def _refusal(self, request: Submitted) -> ErrorData | None:
@@ -193,7 +195,8 @@ class Machine:
     def _on_ready(self, event: PipelineReady) -> list[Command]:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
-        self._epoch, self._gone, self._is_ring = event.epoch, None, event.is_ring
+        self._epoch, self._gone = event.epoch, None
+        self._is_ring, self._shares_memory = event.is_ring, event.shares_memory
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -284,14 +287,21 @@ class Machine:
         return sampled
 
     def _measure(self, in_flight: InFlight, tokens: Tokens, at_s: float, num_steps: int) -> None:
+        books, round_trip_s = self._books, at_s - in_flight.since_s
         self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=num_steps)
         self.tuner.observe(
             num_rows=in_flight.step.delta.num_rows,
             timings=tokens.timings,
-            round_trip_s=at_s - in_flight.since_s,
+            round_trip_s=round_trip_s,
             num_steps=num_steps,
             has_prompts=bool(in_flight.step.delta.chunks),
+            in_turns=self._takes_turns,
         )
+        flights = [batch.in_flight for batch in books.micro_batches if batch.in_flight is not None]
+        if self._shares_memory and not books.num_uncomputed and not any(flight.step.delta.chunks for flight in flights):
+            self.tuner.observe_decoding(
+                num_micro_batches=len(flights), num_sequences=books.num_running, round_trip_s=round_trip_s
+            )
         self._steps_since_retune += 1
         if self._steps_since_retune >= RETUNE_STEPS:
             self._steps_since_retune = 0
@@ -310,8 +320,19 @@ class Machine:
             return limits.num_stages
         num_sequences = books.num_admitted + len(books.waiting)
         most_sequences = limits.max_sequences_per_micro_batch
-        best = self.tuner.best(num_sequences=num_sequences, max_sequences=most_sequences, most=limits.most_micro_batches)
+        best = self.tuner.best(
+            num_sequences=num_sequences,
+            max_sequences=most_sequences,
+            most=limits.most_micro_batches,
+            may_take_turns=self._shares_memory and not books.num_uncomputed,
+        )
         return max(best, -(-books.num_admitted // most_sequences))
+
+    @property
+    def _takes_turns(self) -> bool:
+        """One stage computes while the others rest, for that has been quicker: for those who decode, not for prompts."""
+        is_chosen = self._shares_memory and self.limits.num_micro_batches is None
+        return self._epoch is not None and is_chosen and self._books.num_open < self.limits.num_stages
 
     # --- issuing ---
 

@@ -7,6 +7,8 @@ many sequences, and a stage's time hardly depends on its batch: then they cost t
 without them: several steps at once share one overhead. Where several stages take several steps at once, each has the overhead
 of its links only, which is what is measured then.
 
+Fewer micro-batches than stages can pay where stages keep each other from their memory: see `turns`.
+
 Prompts that come while nobody decodes go through N stages in C parts, so that each stage begins with the first part while those
 before it compute the next ones. That takes (C + N - 1) times as long as a part takes on the slowest stage, and a part has its
 own time, that of reading the weights, beside that of its tokens.
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
+from asyncpipe_coordinator.core.turns import Turns
 
 FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
@@ -109,6 +112,7 @@ class Tuner:
     _parts: list[_StepTimes] = field(default_factory=list)
     _overhead: _Line = field(default_factory=_Line)
     _round_trip: _Line = field(default_factory=_Line)
+    _turns: Turns = field(default_factory=Turns)
 
     def observe(
         self,
@@ -118,8 +122,10 @@ class Tuner:
         round_trip_s: float,
         num_steps: int = 1,
         has_prompts: bool = False,
+        in_turns: bool = False,
     ) -> None:
-        """One step, or several of so many rows at once: what the stages say, and the time from its issue to its tokens."""
+        """One step, or several of so many rows at once: what the stages say, and the time from its issue to its tokens.
+        `in_turns`: no other was to be in the pipeline meanwhile, which says nothing of what others would find."""
         if len(timings) != self.num_stages or not num_rows:
             return
         if not self._stages:
@@ -127,11 +133,26 @@ class Tuner:
             self._parts = [_StepTimes() for _ in timings]
         for line, times, timing in zip(self._stages, self._parts, timings, strict=True):
             step_s = timing.compute_us / 1e6 / num_steps
-            line.add(num_rows, step_s)
+            if not in_turns:
+                line.add(num_rows, step_s)
             times.add(num_rows, step_s, has_prompts=has_prompts)
         inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
         self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
         self._round_trip.add(0.0, round_trip_s)
+
+    def observe_decoding(self, *, num_micro_batches: int, num_sequences: int, round_trip_s: float) -> None:
+        """A step of one of the micro-batches in which all of the sequences are, and nobody but them."""
+        if self._stages and num_sequences > 1:
+            self._turns.observe(
+                in_turns=num_micro_batches == 1,
+                num_sequences=num_sequences,
+                round_trip_s=round_trip_s,
+                steps_s=self._steps_s(num_sequences),
+            )
+
+    def _steps_s(self, num_rows: float) -> float:
+        """Of all stages, one after the other."""
+        return max(sum(line.at(num_rows) for line in self._stages), CLOCK_S)
 
     @property
     def overhead_s(self) -> float:
@@ -145,9 +166,9 @@ class Tuner:
         """Of so many rows, without a turn through the coordinator between them; `holds_up`: whoever comes."""
         if not self._stages:
             return 1
-        step_s = sum(line.at(num_rows) for line in self._stages) + (self.overhead_s if self.num_stages > 1 else 0.0)
+        step_s = self._steps_s(num_rows) + (self.overhead_s if self.num_stages > 1 else 0.0)
         most_s = AT_ONCE_S if holds_up or self.num_stages == 1 else ALONE_S
-        return min(max(int(most_s / max(step_s, CLOCK_S)), 1), MAX_STEPS_AT_ONCE)
+        return min(max(int(most_s / step_s), 1), MAX_STEPS_AT_ONCE)
 
     def part(self, num_tokens: int, *, most: int) -> int:
         """Of so many tokens of prompts, those that a step takes, `most` at the most, so that all are through the stages
@@ -163,12 +184,15 @@ class Tuner:
                 chosen, best_s = size, seconds
         return chosen
 
-    def best(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
+    def best(self, *, num_sequences: int, max_sequences: int, most: int, may_take_turns: bool = False) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
-        which it is before anything was measured, to `most`."""
+        which it is before anything was measured, to `most`; or one, where stages may take turns."""
         fewest = min(self.num_stages, most)
         if not self._stages:
             return fewest
+        may_take_turns = may_take_turns and 1 < num_sequences <= max_sequences
+        if may_take_turns and self._turns.pay(num_sequences, steps_s=self._steps_s(num_sequences)):
+            return 1
         chosen, best = fewest, 0.0
         for count in range(fewest, most + 1):
             batch = min(max_sequences, num_sequences / count)

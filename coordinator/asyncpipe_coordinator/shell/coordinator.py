@@ -213,7 +213,11 @@ class CoordinatorActor(Actor):
             self._lose_pipeline(missing, StageLost(f"stage {missing[0]} was lost while the pipeline was brought up"))
             return
         ready = events.PipelineReady(
-            epoch=epoch, kv_blocks=self._pool.kv_blocks, is_ring=self._pool.is_ring, at_s=time.monotonic()
+            epoch=epoch,
+            kv_blocks=self._pool.kv_blocks,
+            is_ring=self._pool.is_ring,
+            shares_memory=self._pool.shares_memory,
+            at_s=time.monotonic(),
         )
         self._handle(ready)
 

@@ -84,6 +84,12 @@ class WorkerPool:
         """Of the stage with the least room."""
         return min(worker.report.kv_blocks for worker in self.workers.values() if worker.report is not None)
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether two stages read their weights from the same memory: that of a GPU, or of a machine's processors."""
+        joins = [worker.join for worker in self.workers.values() if worker.join.card or worker.join.device == "cpu"]
+        return len({join.card or join.machine for join in joins}) < len(joins)
+
     async def counters(self) -> Mapping[int, StageCounters]:
         """By stage; those that do not answer in time are left out."""
         workers = dict(self.workers)
