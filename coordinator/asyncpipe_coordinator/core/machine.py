@@ -303,7 +303,8 @@ class Machine:
                 num_micro_batches=len(flights), num_sequences=books.num_running, round_trip_s=round_trip_s
             )
         self._steps_since_retune += 1
-        if self._steps_since_retune >= RETUNE_STEPS:
+        are_prompts_done = in_flight.step.delta.chunks and not books.num_uncomputed
+        if self._steps_since_retune >= RETUNE_STEPS or are_prompts_done:
             self._steps_since_retune = 0
             self._open_micro_batches()
 
