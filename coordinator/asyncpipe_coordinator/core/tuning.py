@@ -29,7 +29,8 @@ WORTH = 0.005  # another micro-batch must promise so much more throughput
 SLACK = 1.5  # overheads vary; plan for more than the mean
 CLOCK_S = 1e-6  # what stages measure with
 AT_ONCE_S = 0.04  # of steps without a turn through the coordinator, where whoever comes waits for them
-ALONE_S = 0.2  # of such steps where nobody does: what is computed after a sequence's end is for nothing
+ALONE_STEPS = 4  # at once where nobody waits for them: more save little, and keep a micro-batch from prompts that come
+ALONE_S = 0.2  # that these may take: what is computed after a sequence's end is for nothing
 EXTRA = 2  # micro-batches beyond those that fill the pipeline, while there are sequences to fill them
 PARTS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens of prompts in a step: kernels have tiles
 PART_WEIGHT = 0.2  # of one more measurement of steps with parts of prompts
@@ -167,8 +168,10 @@ class Tuner:
         if not self._stages:
             return 1
         step_s = self._steps_s(num_rows) + (self.overhead_s if self.num_stages > 1 else 0.0)
-        most_s = AT_ONCE_S if holds_up or self.num_stages == 1 else ALONE_S
-        return min(max(int(most_s / step_s), 1), MAX_STEPS_AT_ONCE)
+        count = int(AT_ONCE_S / step_s)
+        if self.num_stages > 1 and not holds_up:
+            count = max(count, min(ALONE_STEPS, int(ALONE_S / step_s)))
+        return min(max(count, 1), MAX_STEPS_AT_ONCE)
 
     def part(self, num_tokens: int, *, most: int) -> int:
         """Of so many tokens of prompts, those that a step takes, `most` at the most, so that all are through the stages
