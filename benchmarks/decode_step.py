@@ -27,7 +27,7 @@ from flags import some_of
 from one_stage import whole_model
 from peer_cases import MODELS, PROMPT_LEN, THREADS, Model
 from random_model import MoEShape
-from report import in_turn, print_result
+from report import in_turn, median_ratio, print_result
 
 from asyncpipe.wire.messages import Chunk, Delta, Opened, Step
 from asyncpipe_workers import decode_tape
@@ -100,8 +100,7 @@ def measure(path: Path, form: str, batch: int, context: int, rounds: int) -> Map
         way.close()
     ratios = {"ratio": ("calls", "tape"), "ratio_half": ("tape", "half")}
     return {f"{name}_ms": round(statistics.median(each), 2) for name, each in times.items()} | {
-        name: round(statistics.median(a / b for a, b in zip(times[above], times[below], strict=True)), 3)
-        for name, (above, below) in ratios.items()
+        name: median_ratio(times[above], times[below]) for name, (above, below) in ratios.items()
     }
 
 

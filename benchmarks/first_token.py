@@ -23,7 +23,7 @@ from typing import Any
 
 import uvloop
 from random_model import Shape, make_large_model
-from report import in_turn, print_result
+from report import in_turn, median_ratio, print_result
 
 from asyncpipe import Client, connect
 from asyncpipe_coordinator.config import ServiceConfig
@@ -97,8 +97,7 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     for case, measured in results.items():
         for way, values in measured.items():
             result[f"{way}_{case}_ms"] = round(statistics.median(values), 1)
-        pairs = zip(measured["whole"], measured["parts"], strict=True)
-        result[f"ratio_{case}"] = round(statistics.median(whole / parts for whole, parts in pairs), 3)
+        result[f"ratio_{case}"] = median_ratio(measured["whole"], measured["parts"])
     return result
 
 

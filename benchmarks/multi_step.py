@@ -25,7 +25,7 @@ from typing import Any
 
 import uvloop
 from random_model import Shape, make_large_model
-from report import in_turn, print_result
+from report import in_turn, median_ratio, print_result
 
 from asyncpipe import Client, connect
 from asyncpipe.cores import find_cores
@@ -108,8 +108,7 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         for name, values in measured.items():
             result[f"{name}_{case}_tokens_per_s"] = round(statistics.median(values), 1)
             result[f"{name}_{case}_between_ms"] = round(statistics.median(ways[case][name].between_ms[1:]), 2)
-        pairs = zip(measured["single"], measured["multi"], strict=True)
-        result[f"ratio_{case}"] = round(statistics.median(multi / single for single, multi in pairs), 3)
+        result[f"ratio_{case}"] = median_ratio(measured["multi"], measured["single"])
     return result
 
 

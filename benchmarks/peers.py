@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import peer_report
+from flags import batch_sizes
 from peer_cases import (
     CASES,
     DEFAULT_BATCHES,
@@ -50,7 +51,6 @@ from tqdm import tqdm
 from asyncpipe.errors import Invalid
 from asyncpipe_coordinator.bench_plot import check_plot
 
-MAX_BATCH = 128
 QUICK_BATCHES = (1, 32)
 SLOW_S = 120.0
 QUICK_SLOW_S = 8.0
@@ -137,7 +137,7 @@ def run(plan: Plan, *, parent: Path | None) -> dict[str, peer_report.Findings]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help=f"default: {','.join(MODELS)}; quick: opt-125m")
-    parser.add_argument("--batches", help="default: 1,8,32; quick: 1,32")
+    parser.add_argument("--batches", type=batch_sizes, help="default: 1,8,32; quick: 1,32")
     parser.add_argument("--only", metavar="CASES", help=f"of {','.join(CASES)} (default: all; quick: {','.join(QUICK_CASES)})")
     parser.add_argument("--stored", choices=DTYPE_BYTES, help="what weights are stored in (default: as they are published)")
     parser.add_argument("--rounds", type=int, help="default: 3; quick: 2")
@@ -164,7 +164,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         models = [model._replace(shape=model.shape._replace(layers=arguments.layers)) for model in models]
     if arguments.stored:
         models = [model._replace(dtype=arguments.stored) for model in models]
-    batches = _batches(arguments.batches) if arguments.batches else QUICK_BATCHES if quick else DEFAULT_BATCHES
+    batches = arguments.batches or (QUICK_BATCHES if quick else DEFAULT_BATCHES)
     rounds = (2 if quick else 3) if arguments.rounds is None else arguments.rounds
     if rounds < 1:
         raise Invalid(f"--rounds {rounds}: use at least 1")
@@ -184,16 +184,6 @@ def _chosen(flag: str, text: str | None, known: dict[str, Item], *, default: Seq
     if unknown := [name for name in names if name not in known]:
         raise Invalid(f"{flag} {','.join(unknown)}: use some of {', '.join(known)}")
     return [known[name] for name in names]
-
-
-def _batches(text: str) -> list[int]:
-    try:
-        batches = sorted({int(number) for number in text.split(",")})
-    except ValueError:
-        batches = []
-    if not batches or not 1 <= batches[0] <= batches[-1] <= MAX_BATCH:
-        raise Invalid(f"--batches {text}: use numbers from 1 to {MAX_BATCH}, like 1,8,32")
-    return batches
 
 
 def _end(number: int, _: object) -> NoReturn:

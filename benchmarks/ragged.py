@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import uvloop
 from random_model import make_model
-from report import print_result
+from report import median_ratio, print_result
 from tqdm import tqdm
 
 from asyncpipe import Client, connect
@@ -111,11 +111,6 @@ async def run(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "useful_tokens": sum(request.new_tokens for request in load),
         "cores": os.cpu_count(),
     }
-
-
-def median_ratio(above: list[float], below: list[float]) -> float:
-    """Of the ratios round by round."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def main() -> None:

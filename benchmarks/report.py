@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +25,11 @@ async def in_turn(rounds: Mapping[str, Mapping[str, Once]], repeats: int) -> dic
                         results[what][who].append(value)
                     bar.update()
     return results
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Of the ratios round by round."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
 from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
+from asyncpipe_coordinator.core.trials import ENOUGH, STALE
 from asyncpipe_coordinator.core.tuning import Tuner
-from asyncpipe_coordinator.core.turns import ENOUGH, STALE
 
 MS = 1000  # in microseconds
 
@@ -81,12 +81,17 @@ def test_short_steps_at_once_need_no_second_micro_batch_to_hide_the_way_between_
 
 
 def round_trips(tuner: Tuner, num_micro_batches: int, *times_ms: float, num_sequences: int = 8) -> None:
-    for ms in times_ms:
-        tuner.observe_decoding(num_micro_batches=num_micro_batches, num_sequences=num_sequences, round_trip_s=ms / 1e3)
+    """Of one micro-batch, the others beside it; before that, one that comes when nobody was there."""
+    at_s = 0.0
+    for ms in (0.0, *times_ms):
+        issued_at_s, at_s = at_s, at_s + ms / 1e3
+        tuner.observe_decoding(
+            num_micro_batches=num_micro_batches, num_sequences=num_sequences, issued_at_s=issued_at_s, at_s=at_s
+        )
 
 
 def chosen(tuner: Tuner, *, num_sequences: int = 8, **options: bool) -> int:
-    return tuner.best(num_sequences=num_sequences, max_sequences=32, most=12, **({"may_take_turns": True} | options))
+    return tuner.best(num_sequences=num_sequences, max_sequences=32, most=12, **({"may_try": True} | options))
 
 
 @pytest.mark.parametrize(("in_turns_ms", "expected"), [(12, 1), (18.9, 1), (19.1, 2), (30, 2)])
@@ -98,9 +103,28 @@ def test_stages_take_turns_where_a_short_trial_has_shown_that_it_is_quicker(in_t
     assert chosen(tuner) == 1, "it is tried"
     round_trips(tuner, 1, 500.0, *[in_turns_ms] * (ENOUGH - 1))
     assert chosen(tuner) == expected
-    assert chosen(tuner, may_take_turns=False) == 2
+    assert chosen(tuner, may_try=False) == 2
     assert chosen(tuner, num_sequences=33) == 2, "they do not fit into one micro-batch"
     assert chosen(tuner, num_sequences=16) == 2, "of so many nothing is known"
+
+
+@pytest.mark.parametrize(("times_ms", "expected"), [((20, 12, 19), 2), ((20, 21, 12), 1), ((20, 19.5, 19.5), 3)])
+def test_more_micro_batches_than_stages_are_tried_against_fewer(times_ms: tuple[float, ...], expected: int) -> None:
+    """Three were to hide links and coordinator, which they may hold up themselves."""
+    tuner = tuned([3.0, 3.0], overhead_ms=5.0, rows=(4, 8), per_row_ms=0.4)
+    for count, ms in zip((3, 2, 1), times_ms, strict=True):
+        assert chosen(tuner, num_sequences=16) == count
+        round_trips(tuner, count, *[ms] * ENOUGH, num_sequences=16)
+    assert chosen(tuner, num_sequences=16) == expected
+
+
+def test_of_two_sequences_there_are_no_three_micro_batches_to_wait_for() -> None:
+    tuner = tuned([3.0] * 4, overhead_ms=1.0)
+    assert chosen(tuner, num_sequences=2) == 4
+    round_trips(tuner, 2, *[14.0] * ENOUGH, num_sequences=2)
+    assert chosen(tuner, num_sequences=2) == 1
+    round_trips(tuner, 1, *[13.9] * ENOUGH, num_sequences=2)
+    assert chosen(tuner, num_sequences=2) == 4
 
 
 def test_turns_are_judged_by_the_work_of_as_many_sequences() -> None:

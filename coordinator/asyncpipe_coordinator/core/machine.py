@@ -287,20 +287,24 @@ class Machine:
         return sampled
 
     def _measure(self, in_flight: InFlight, tokens: Tokens, at_s: float, num_steps: int) -> None:
-        books, round_trip_s = self._books, at_s - in_flight.since_s
+        books = self._books
         self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=num_steps)
         self.tuner.observe(
             num_rows=in_flight.step.delta.num_rows,
             timings=tokens.timings,
-            round_trip_s=round_trip_s,
+            round_trip_s=at_s - in_flight.since_s,
             num_steps=num_steps,
             has_prompts=bool(in_flight.step.delta.chunks),
             in_turns=self._takes_turns,
         )
         flights = [batch.in_flight for batch in books.micro_batches if batch.in_flight is not None]
-        if self._shares_memory and not books.num_uncomputed and not any(flight.step.delta.chunks for flight in flights):
+        have_prompts = books.num_uncomputed or any(flight.step.delta.chunks for flight in flights)
+        if self._shares_memory:
             self.tuner.observe_decoding(
-                num_micro_batches=len(flights), num_sequences=books.num_running, round_trip_s=round_trip_s
+                num_micro_batches=len(flights),
+                num_sequences=0 if have_prompts else books.num_running,
+                issued_at_s=in_flight.since_s,
+                at_s=at_s,
             )
         self._steps_since_retune += 1
         are_prompts_done = in_flight.step.delta.chunks and not books.num_uncomputed
@@ -325,7 +329,7 @@ class Machine:
             num_sequences=num_sequences,
             max_sequences=most_sequences,
             most=limits.most_micro_batches,
-            may_take_turns=self._shares_memory and not books.num_uncomputed,
+            may_try=self._shares_memory and not books.num_uncomputed,
         )
         return max(best, -(-books.num_admitted // most_sequences))
 

@@ -7,7 +7,7 @@ many sequences, and a stage's time hardly depends on its batch: then they cost t
 without them: several steps at once share one overhead. Where several stages take several steps at once, each has the overhead
 of its links only, which is what is measured then.
 
-Fewer micro-batches than stages can pay where stages keep each other from their memory: see `turns`.
+That supposes that no stage depends on another. Where they do, on one machine, it is what `trials` begin with.
 
 Prompts that come while nobody decodes go through N stages in C parts, so that each stage begins with the first part while those
 before it compute the next ones. That takes (C + N - 1) times as long as a part takes on the slowest stage, and a part has its
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
-from asyncpipe_coordinator.core.turns import Turns
+from asyncpipe_coordinator.core.trials import Trials
 
 FORGET = 0.97  # what a measurement weighs after the next one
 WORTH = 0.005  # another micro-batch must promise so much more throughput
@@ -113,7 +113,7 @@ class Tuner:
     _parts: list[_StepTimes] = field(default_factory=list)
     _overhead: _Line = field(default_factory=_Line)
     _round_trip: _Line = field(default_factory=_Line)
-    _turns: Turns = field(default_factory=Turns)
+    _trials: Trials = field(default_factory=Trials)
 
     def observe(
         self,
@@ -141,13 +141,14 @@ class Tuner:
         self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
         self._round_trip.add(0.0, round_trip_s)
 
-    def observe_decoding(self, *, num_micro_batches: int, num_sequences: int, round_trip_s: float) -> None:
-        """A step of one of the micro-batches in which all of the sequences are, and nobody but them."""
-        if self._stages and num_sequences > 1:
-            self._turns.observe(
-                in_turns=num_micro_batches == 1,
+    def observe_decoding(self, *, num_micro_batches: int, num_sequences: int, issued_at_s: float, at_s: float) -> None:
+        """A step of one of the micro-batches in which all of the sequences are; 0 of them: some do something else."""
+        if self._stages:
+            self._trials.observe(
+                num_micro_batches=num_micro_batches,
                 num_sequences=num_sequences,
-                round_trip_s=round_trip_s,
+                issued_at_s=issued_at_s,
+                at_s=at_s,
                 steps_s=self._steps_s(num_sequences),
             )
 
@@ -187,15 +188,22 @@ class Tuner:
                 chosen, best_s = size, seconds
         return chosen
 
-    def best(self, *, num_sequences: int, max_sequences: int, most: int, may_take_turns: bool = False) -> int:
+    def best(self, *, num_sequences: int, max_sequences: int, most: int, may_try: bool = False) -> int:
         """Micro-batches for `num_sequences` that run or wait, at most `max_sequences` in each: from the number of stages,
-        which it is before anything was measured, to `most`; or one, where stages may take turns."""
+        which it is before anything was measured, to `most`. With `may_try` those are tried too that should not be better: one a
+        stage, and one in all, so that stages take turns."""
+        computed = self._computed(num_sequences=num_sequences, max_sequences=max_sequences, most=most)
+        if not may_try or not self._stages or not 2 <= num_sequences <= computed * max_sequences:
+            return computed
+        counts = (min(count, num_sequences) for count in (computed, self.num_stages, 1))
+        candidates = list(dict.fromkeys(count for count in counts if count * max_sequences >= num_sequences))
+        best = self._trials.best(candidates, num_sequences=num_sequences, steps_s=self._steps_s(num_sequences))
+        return computed if best == candidates[0] else best
+
+    def _computed(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
         fewest = min(self.num_stages, most)
         if not self._stages:
             return fewest
-        may_take_turns = may_take_turns and 1 < num_sequences <= max_sequences
-        if may_take_turns and self._turns.pay(num_sequences, steps_s=self._steps_s(num_sequences)):
-            return 1
         chosen, best = fewest, 0.0
         for count in range(fewest, most + 1):
             batch = min(max_sequences, num_sequences / count)

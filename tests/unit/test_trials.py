@@ -10,7 +10,7 @@ from asyncpipe.wire.messages import Step
 from asyncpipe_coordinator.core import commands, events
 from asyncpipe_coordinator.core.limits import Limits
 from asyncpipe_coordinator.core.machine import Machine
-from asyncpipe_coordinator.core.turns import ENOUGH, NUM_RECENT
+from asyncpipe_coordinator.core.trials import ENOUGH, NUM_RECENT
 from tests.core_machine import submitted
 from tests.fake_stages import FakeStages
 

@@ -1,0 +1,76 @@
+"""How many micro-batches are quickest for a few sequences on stages of one machine, by trial.
+
+`tuning` computes it from what stages and links take, as if none of them depended on the others. On one machine they do. Stages
+that decode a few sequences mostly read weights, all of them for every micro-batch: two that compute at the same time share what
+the memory delivers, and are slower than one after the other with all sequences. And what an additional micro-batch is to hide,
+event loops and messages, takes longer the busier the cores are.
+
+Whatever their number, all sequences are in the pipeline: more tokens a second are those of shorter round trips (Little's law).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+NUM_RECENT = 16  # round trips whose median counts
+ENOUGH = 8  # of them to go by
+STALE = 1024  # round trips with other numbers, after which one is tried again
+MOST_TRIED_S = 0.1  # a round trip, to try another number at all: longer steps have more to lose by it
+WORTH_TRYING = 0.05  # round trips must be so much shorter than with the number that was computed
+
+
+@dataclass(slots=True)
+class _RoundTrips:
+    """With one number of micro-batches, as multiples of what one step of all sequences should take on all stages: so that
+    numbers of sequences that are nearly alike can be compared."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    last: int = 0  # when one was seen, counted in round trips
+
+    @property
+    def typical(self) -> float:
+        return statistics.median(self.recent)
+
+
+@dataclass(slots=True)
+class Trials:
+    _seen: dict[tuple[int, int], _RoundTrips] = field(default_factory=dict)  # by sequences to a power of two, micro-batches
+    _num_seen: int = 0
+    _load: tuple[int, int] = (0, 0)  # sequences, and micro-batches of them
+    _same_since_s: float = 0.0
+
+    def observe(self, *, num_micro_batches: int, num_sequences: int, issued_at_s: float, at_s: float, steps_s: float) -> None:
+        """A step is back, while `num_sequences` decode in it and beside it: 0 while others do something else. What has waited
+        for something else does not count. `steps_s` is what all stages should take for a step of all of them."""
+        load = num_sequences, num_micro_batches
+        if load != self._load:
+            self._load, self._same_since_s = load, at_s
+        elif num_sequences > 1 and issued_at_s >= self._same_since_s:
+            trips = self._seen.setdefault((num_sequences.bit_length(), num_micro_batches), _RoundTrips())
+            if self._is_stale(trips):
+                trips.recent.clear()
+            self._num_seen += 1
+            trips.last = self._num_seen
+            trips.recent.append((at_s - issued_at_s) / steps_s)
+
+    def best(self, candidates: Sequence[int], *, num_sequences: int, steps_s: float) -> int:
+        """Of these numbers of micro-batches, each of which holds all sequences; the first is the one that was computed."""
+        trips = {count: self._seen.get((num_sequences.bit_length(), count)) for count in candidates}
+        typical = {count: seen.typical for count, seen in trips.items() if seen is not None and self._is_enough(seen)}
+        computed = candidates[0]
+        if computed not in typical:
+            return computed
+        unknown = [count for count in candidates if count not in typical]
+        if unknown and typical[computed] * steps_s < MOST_TRIED_S:
+            return unknown[0]
+        quickest = min(typical, key=lambda count: typical[count])
+        return quickest if typical[quickest] < typical[computed] * (1 - WORTH_TRYING) else computed
+
+    def _is_enough(self, trips: _RoundTrips) -> bool:
+        return len(trips.recent) >= ENOUGH and not self._is_stale(trips)
+
+    def _is_stale(self, trips: _RoundTrips) -> bool:
+        return self._num_seen - trips.last >= STALE
