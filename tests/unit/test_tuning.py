@@ -161,6 +161,12 @@ def test_a_step_without_others_beside_it_does_not_say_how_long_one_takes_beside_
     assert tuner.steps_at_once(8, holds_up=False) == before
 
 
+def test_the_first_step_says_something_even_without_others_beside_it() -> None:
+    tuner = Tuner(2)
+    tuner.observe(num_rows=8, timings=[StageTiming(0, 2 * MS)] * 2, round_trip_s=0.004, in_turns=True)
+    assert tuner.steps_at_once(8) == 10
+
+
 def measured(num_stages: int, times_ms: dict[int, float], *, overhead_ms: float = 0.0) -> Tuner:
     """By decode steps of one row, and parts of prompts of more, on stages that are all alike. First times are slow."""
     tuner = Tuner(num_stages)

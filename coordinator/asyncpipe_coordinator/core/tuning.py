@@ -126,7 +126,7 @@ class Tuner:
         in_turns: bool = False,
     ) -> None:
         """One step, or several of so many rows at once: what the stages say, and the time from its issue to its tokens.
-        `in_turns`: no other was to be in the pipeline meanwhile, which says nothing of what others would find."""
+        `in_turns`: no other was to be in the pipeline meanwhile, which says little of what others would find."""
         if len(timings) != self.num_stages or not num_rows:
             return
         if not self._stages:
@@ -134,7 +134,7 @@ class Tuner:
             self._parts = [_StepTimes() for _ in timings]
         for line, times, timing in zip(self._stages, self._parts, timings, strict=True):
             step_s = timing.compute_us / 1e6 / num_steps
-            if not in_turns:
+            if not in_turns or not line.weight:
                 line.add(num_rows, step_s)
             times.add(num_rows, step_s, has_prompts=has_prompts)
         inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
