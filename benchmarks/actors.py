@@ -26,7 +26,7 @@ import numpy as np
 import uvloop
 import zmq
 import zmq.asyncio
-from report import Once, in_turn
+from report import Once, in_turn, median_ratio
 
 from asyncpipe.actors import Actor, ActorRef, ActorSystem
 from asyncpipe.wire.messages import Message, Request
@@ -210,9 +210,7 @@ def summarize(results: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     medians = {what: {who: statistics.median(v) for who, v in whos.items()} for what, whos in results.items()}
 
     def ratio(what: str, ours: str, theirs: str) -> float:
-        """The median of the ratios, round by round."""
-        pairs = zip(results[what][ours], results[what][theirs], strict=True)
-        return round(statistics.median(a / b for a, b in pairs), 3)
+        return median_ratio(results[what][ours], results[what][theirs])
 
     return {
         "medians": medians,

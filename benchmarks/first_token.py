@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from random_model import Shape, make_large_model
+from random_model import OPT_125M, make_large_model
 from report import in_turn, median_ratio, print_result
 
 from asyncpipe import Client, connect
@@ -30,7 +30,6 @@ from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.core.tuning import Tuner
 from asyncpipe_coordinator.service import Service
 
-OPT_125M = Shape(hidden=768, layers=12, vocab=50272)
 SIMULATED = "sim:layer_ms=1,prefill_us_per_token=50,layers={}"  # four layers a stage
 LOADS = ((1, 128), (1, 1024), (8, 128))  # prompts that come together, tokens of each
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from random_model import Shape, make_large_model
+from random_model import OPT_125M, make_large_model
 from report import in_turn, median_ratio, print_result
 
 from asyncpipe import Client, connect
@@ -35,7 +35,6 @@ from asyncpipe_coordinator.core import tuning
 from asyncpipe_coordinator.service import Service
 
 FAR_APART = "sim:layer_ms=0.83,link_ms=5,layers=12"
-OPT_125M = Shape(hidden=768, layers=12, vocab=50272)
 PROMPT_LEN = 32
 NEW_TOKENS = 64
 BATCHES = (1, 8)

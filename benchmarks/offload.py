@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from random_model import Shape, make_large_model
-from report import print_result
+from report import median_ratio, print_result
 from tqdm import tqdm
 
 from asyncpipe.testing.memory_limit import join, memory_limit
@@ -290,7 +290,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     step_s = statistics.median(run.step_s for run in on)
     return {
         "ratio_accelerate": round(statistics.median(ratios), 2) if ratios else None,
-        "ratio_overlap": round(statistics.median(b.step_s / a.step_s for a, b in zip(on, off, strict=True)), 3),
+        "ratio_overlap": median_ratio([run.step_s for run in off], [run.step_s for run in on]),
         "ratio_bound": round(step_s / max(read_s, compute_s), 3),
         "ours": describe(ours),
         "accelerate": describe(accelerate),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from random_model import LlamaShape, MoEShape, Shape, make_large_llama, make_large_model, make_large_moe
+from random_model import OPT_125M, LlamaShape, MoEShape, Shape, make_large_llama, make_large_model, make_large_moe
 
 THREADS = 2
 PROMPT_LEN = 128
@@ -65,7 +65,7 @@ class Model(NamedTuple):
 MODELS = {
     model.name: model
     for model in (
-        Model("opt-125m", Shape(hidden=768, layers=12, vocab=50_272), "float16"),
+        Model("opt-125m", OPT_125M, "float16"),
         Model("opt-1.3b", Shape(hidden=2048, layers=24, vocab=50_272), "float16"),
         Model(
             "llama-1.1b",

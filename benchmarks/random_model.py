@@ -41,6 +41,9 @@ class Shape(NamedTuple):
     vocab: int
 
 
+OPT_125M = Shape(hidden=768, layers=12, vocab=50_272)
+
+
 class LlamaShape(NamedTuple):
     hidden: int
     layers: int

@@ -97,8 +97,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def until(client: Client, condition: Callable[[Status], object]) -> Status:
-    async with asyncio.timeout(60):
+async def until(client: Client, condition: Callable[[Status], object], *, timeout_s: float = 60.0) -> Status:
+    async with asyncio.timeout(timeout_s):
         while not condition(status := await client.status()):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
     return status

@@ -11,7 +11,7 @@ EOS = 2
 TIMING = StageTiming(0, 1000)
 
 
-def machine(*, kv_blocks: int = 1000, is_ring: bool = True, **changes: object) -> Machine:
+def machine(*, kv_blocks: int = 1000, is_ring: bool = True, shares_memory: bool = False, **changes: object) -> Machine:
     settings: dict[str, object] = {
         "num_stages": 2,
         "num_micro_batches": 2,
@@ -23,7 +23,8 @@ def machine(*, kv_blocks: int = 1000, is_ring: bool = True, **changes: object) -
         "eos_token_ids": frozenset({EOS}),
     }
     ready = Machine(Limits(**(settings | changes)))  # type: ignore[arg-type]
-    ready.handle(events.PipelineReady(epoch=1, kv_blocks=kv_blocks, is_ring=is_ring, at_s=0.0))
+    pipeline = events.PipelineReady(epoch=1, kv_blocks=kv_blocks, is_ring=is_ring, shares_memory=shares_memory, at_s=0.0)
+    ready.handle(pipeline)
     return ready
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
 import pytest
@@ -23,6 +23,7 @@ from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
 from asyncpipe_coordinator.shell import clients
 from asyncpipe_workers.sim import simulated_tokens
+from tests.clusters import until
 from tests.support import run
 
 PROMPT = [5, 6, 7]
@@ -50,17 +51,11 @@ async def serving() -> AsyncIterator[tuple[str, Client]]:
 
 
 async def until_open(client: Client, count: int, *, timeout_s: float) -> None:
-    await until_status(client, lambda status: num_open(status) == count, timeout_s=timeout_s)
+    await until(client, lambda status: num_open(status) == count, timeout_s=timeout_s)
 
 
 def num_open(status: Status) -> int:
     return status.requests_running + status.requests_waiting
-
-
-async def until_status(client: Client, holds: Callable[[Status], bool], *, timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds(await client.status()):
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["vanishes", "freezes"])
@@ -76,11 +71,11 @@ def test_a_clients_requests_end_with_it_and_others_go_on(number: signal.Signals)
                 await until_open(client, 2, timeout_s=5)
                 os.kill(other.pid, number)
                 # It is noticed after two seconds, later where this machine is busy: the other may have ended by then too.
-                await until_status(client, lambda status: num_open(status) < 2, timeout_s=15)
+                await until(client, lambda status: num_open(status) < 2, timeout_s=15)
                 assert list((await mine).token_ids) == simulated_tokens(PROMPT, 600)
                 await until_open(client, 0, timeout_s=15)
                 # Whoever ends in the middle of several steps keeps its blocks until they are over.
-                await until_status(client, lambda status: status.kv.used_blocks == 0, timeout_s=5)
+                await until(client, lambda status: status.kv.used_blocks == 0, timeout_s=5)
             finally:
                 await other.stop()
 

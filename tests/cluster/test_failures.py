@@ -19,6 +19,7 @@ from asyncpipe import Client, StageLost, connect
 from asyncpipe_coordinator.config import ServiceConfig
 from asyncpipe_coordinator.service import Service
 from tests.checkpoints import make_opt
+from tests.clusters import until
 from tests.support import run
 
 MUST_HEAR_WITHIN_S = 5.0
@@ -141,22 +142,15 @@ def test_a_crash_loop_ends_with_a_clear_error(checkpoint: Path) -> None:
         config = two_stages(checkpoint, max_restarts=2)
         async with Service.open(config) as service, connect(await service.listen("memory://clients")) as client:
             stream = asyncio.ensure_future(client.generate("to be", max_new_tokens=16_000, ignore_eos=True))
-            for restarts in range(3):
-                await until_running(client, restarts=restarts)
-                os.kill((await client.status()).stages[0].pid, signal.SIGKILL)
+            killed: list[int] = []
+            while len(killed) < 3:
+                status = await until(client, lambda status: status.state == "running" and status.restarts == len(killed))
+                killed.append(status.stages[0].pid)
+                os.kill(killed[-1], signal.SIGKILL)
             with pytest.raises(StageLost, match="stage 0 of 2"):
                 await stream
 
     run(scenario(), timeout_s=60)
-
-
-async def until_running(client: Client, *, restarts: int) -> None:
-    for _ in range(300):
-        status = await client.status()
-        if status.state == "running" and status.restarts == restarts:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("the pipeline did not come back")
 
 
 def heed_ctrl_c() -> None:

@@ -8,10 +8,8 @@ import pytest
 
 from asyncpipe.wire.messages import Step
 from asyncpipe_coordinator.core import commands, events
-from asyncpipe_coordinator.core.limits import Limits
-from asyncpipe_coordinator.core.machine import Machine
 from asyncpipe_coordinator.core.trials import ENOUGH, NUM_RECENT
-from tests.core_machine import submitted
+from tests.core_machine import machine, submitted
 from tests.fake_stages import FakeStages
 
 STEP_MS = 10.0  # of a stage while the other one rests
@@ -30,18 +28,13 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         self.stages = FakeStages(num_stages=2, num_blocks=1000, block_tokens=32, max_members=8)
-        limits = Limits(
-            num_stages=2,
+        self.core = machine(
+            is_ring=False,
+            shares_memory=self.shares_memory,
             num_micro_batches=self.num_micro_batches,
-            max_sequences_per_micro_batch=8,
-            max_waiting=100,
-            max_context_len=4096,
-            max_step_tokens=512,
             kv_block_tokens=32,
             eos_token_ids=frozenset(),
         )
-        self.core = Machine(limits)
-        self.handle(events.PipelineReady(epoch=1, kv_blocks=1000, shares_memory=self.shares_memory, at_s=0.0))
         for number in range(4):
             self.submit(f"r{number}")
 

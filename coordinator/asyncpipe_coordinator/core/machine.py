@@ -68,7 +68,8 @@ class Machine:
         self.meter = EfficiencyMeter(limits.num_stages)
         self.tuner = Tuner(limits.num_stages)
         self._epoch: int | None = None  # None: no pipeline
-        self._is_ring = self._shares_memory = False
+        self._is_automatic = limits.num_micro_batches is None and limits.schedule is Schedule.CONTINUOUS
+        self._is_ring = self._may_try = False  # of this pipeline: whether numbers of micro-batches are found by trial
         self._gone: ErrorData | None = None
         self._open: dict[str, Sequence] = {}  # requests whose client waits for an end
         self._books = Books(limits, BlockLedger(num_blocks=0, block_tokens=limits.kv_block_tokens))
@@ -196,7 +197,7 @@ class Machine:
         if self._epoch is not None:
             raise RuntimeError(f"epoch {event.epoch} is ready while epoch {self._epoch} runs")
         self._epoch, self._gone = event.epoch, None
-        self._is_ring, self._shares_memory = event.is_ring, event.shares_memory
+        self._is_ring, self._may_try = event.is_ring, event.shares_memory and self._is_automatic
         self._books.ledger = BlockLedger(num_blocks=event.kv_blocks, block_tokens=self.limits.kv_block_tokens)
         self._open_micro_batches()
         return self._fail_unfit() + self._issue_idle(event.at_s)
@@ -213,7 +214,7 @@ class Machine:
 
     def _on_lost(self) -> list[Command]:
         """What was in flight is lost. The next pipeline computes every sequence from its prompt and its tokens so far."""
-        self._epoch = None
+        self._epoch, self._may_try = None, False
         self._books = self._books.without_pipeline()
         self.meter.emptied()
         return []
@@ -287,57 +288,56 @@ class Machine:
         return sampled
 
     def _measure(self, in_flight: InFlight, tokens: Tokens, at_s: float, num_steps: int) -> None:
-        books = self._books
+        has_prompts = bool(in_flight.step.delta.chunks)
         self.meter.returned([timing.compute_us / 1e6 for timing in tokens.timings], at_s, num_steps=num_steps)
         self.tuner.observe(
             num_rows=in_flight.step.delta.num_rows,
             timings=tokens.timings,
             round_trip_s=at_s - in_flight.since_s,
             num_steps=num_steps,
-            has_prompts=bool(in_flight.step.delta.chunks),
+            has_prompts=has_prompts,
             in_turns=self._takes_turns,
         )
-        flights = [batch.in_flight for batch in books.micro_batches if batch.in_flight is not None]
-        have_prompts = books.num_uncomputed or any(flight.step.delta.chunks for flight in flights)
-        if self._shares_memory:
-            self.tuner.observe_decoding(
-                num_micro_batches=len(flights),
-                num_sequences=0 if have_prompts else books.num_running,
-                issued_at_s=in_flight.since_s,
-                at_s=at_s,
-            )
+        if self._may_try:
+            self._measure_trial(in_flight.since_s, at_s)
         self._steps_since_retune += 1
-        are_prompts_done = in_flight.step.delta.chunks and not books.num_uncomputed
-        if self._steps_since_retune >= RETUNE_STEPS or are_prompts_done:
+        if self._steps_since_retune >= RETUNE_STEPS or (has_prompts and not self._books.num_uncomputed):
             self._steps_since_retune = 0
             self._open_micro_batches()
 
+    def _measure_trial(self, since_s: float, at_s: float) -> None:
+        """Of the number of micro-batches that are in flight: only of decoding, for prompts take their own time."""
+        flights = [batch.in_flight for batch in self._books.micro_batches if batch.in_flight is not None]
+        have_prompts = self._books.num_uncomputed or any(flight.step.delta.chunks for flight in flights)
+        self.tuner.observe_decoding(
+            num_micro_batches=len(flights),
+            num_sequences=0 if have_prompts else self._books.num_running,
+            issued_at_s=since_s,
+            at_s=at_s,
+        )
+
     def _open_micro_batches(self) -> None:
         """A number that the user has fixed is never exceeded."""
-        is_automatic = self.limits.num_micro_batches is None and self.limits.schedule is Schedule.CONTINUOUS
-        self._books.open_micro_batches(self._wanted_micro_batches(), with_spare=is_automatic)
+        self._books.open_micro_batches(self._wanted_micro_batches(), with_spare=self._is_automatic)
 
     def _wanted_micro_batches(self) -> int:
         limits, books = self.limits, self._books
-        if limits.num_micro_batches is not None:
-            return limits.num_micro_batches
-        if limits.schedule is not Schedule.CONTINUOUS:
-            return limits.num_stages
+        if not self._is_automatic:
+            return limits.num_micro_batches or limits.num_stages
         num_sequences = books.num_admitted + len(books.waiting)
         most_sequences = limits.max_sequences_per_micro_batch
         best = self.tuner.best(
             num_sequences=num_sequences,
             max_sequences=most_sequences,
             most=limits.most_micro_batches,
-            may_try=self._shares_memory and not books.num_uncomputed,
+            may_try=self._may_try and not books.num_uncomputed,
         )
         return max(best, -(-books.num_admitted // most_sequences))
 
     @property
     def _takes_turns(self) -> bool:
         """One stage computes while the others rest, for that has been quicker: for those who decode, not for prompts."""
-        is_chosen = self._shares_memory and self.limits.num_micro_batches is None
-        return self._epoch is not None and is_chosen and self._books.num_open < self.limits.num_stages
+        return self._may_try and self._books.num_open < self.limits.num_stages
 
     # --- issuing ---
 
