@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 MAX_BATCH = 128
 
@@ -25,3 +26,11 @@ def batch_sizes(text: str) -> list[int]:
     if not batches or not 1 <= batches[0] <= batches[-1] <= MAX_BATCH:
         raise argparse.ArgumentTypeError(f"{text}: use numbers from 1 to {MAX_BATCH}, like 1,8,32")
     return batches
+
+
+def existing_folder(text: str) -> Path:
+    """For `type=` of an argument: one that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder; make it first, or leave this out")
+    return path

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flags import existing_folder
 from random_model import Shape, make_large_model
 from report import median_ratio, print_result
 from tqdm import tqdm
@@ -336,7 +337,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--repeats", type=int, help="rounds of overlap on and off (default: 2, quick: 1)")
     parser.add_argument(
-        "--folder", type=Path, help="where the model is made, on the disk to measure (default: a temporary one)"
+        "--folder", type=existing_folder, help="where the model is made, on the disk to measure (default: a temporary one)"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

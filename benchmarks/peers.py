@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import peer_report
-from flags import batch_sizes
+from flags import batch_sizes, existing_folder
 from peer_cases import (
     CASES,
     DEFAULT_BATCHES,
@@ -149,7 +149,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"an engine at a batch that takes longer is run once (default: {SLOW_S:g}; quick: {QUICK_SLOW_S:g})",
     )
-    parser.add_argument("--folder", type=Path, help="where models are made, up to 13 GB at once (default: a temporary one)")
+    parser.add_argument(
+        "--folder", type=existing_folder, help="where models are made, up to 13 GB at once (default: a temporary one)"
+    )
     parser.add_argument("--json", action="store_true", help="print medians and ratios as JSON")
     parser.add_argument("--plot", metavar="FILE", help="a picture of decoded tokens per second, .png, .svg or .pdf")
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)  # so many only, to try the benchmark out

@@ -74,7 +74,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("lanes", "threads")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(96, 64), (32, 128), (7, 192), (129, 64)])
+@pytest.mark.parametrize("shape", [(96, 64), (32, 128), (7, 192), (129, 64), (70, 2176)])
 def test_products_are_those_of_torch_for_any_number_of_rows(kind: str, shape: tuple[int, int]) -> None:
     weight, bias = numbers(*shape), numbers(shape[0], seed=1)
     linear = made(kind, weight, bias)
@@ -110,7 +110,7 @@ def test_sums_of_integers_are_exact(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rows_result_is_its_own(kind: str) -> None:
     """Whatever is in the batch, an outlier or a NaN, and however many rows are multiplied at a time."""
-    linear, x = made(kind, numbers(96, 128), numbers(96, seed=1)), numbers(79, 128, seed=2)
+    linear, x = made(kind, numbers(96, 1152), numbers(96, seed=1)), numbers(79, 1152, seed=2)
     x[3] *= 1000
     x[5, 7] = torch.nan
     found = linear(x)

@@ -3,8 +3,9 @@
 A weight is read as it lies in a checkpoint, an output's row after the other: in each row as many inputs at a time as a vector
 holds, so that a sum is a vector too until its row ends, and its lanes are added up then. Four rows of x (with narrow vectors
 two) are multiplied with four of the weight at a time, whose sums stay in registers, and then some more rows of x with the same
-four, before the next are read from memory. For one or two rows of x the weight is read from end to end. Each sum is added up in
-one order, however many rows there are: a row's result does not depend on what else is in the batch.
+four, before the next are read from memory. Where rows are long, that is done for a block of their inputs after the other, so
+that what is multiplied together stays in the first cache. For one or two rows of x the weight is read from end to end. Each sum
+is added up in one order, however many rows there are: a row's result does not depend on what else is in the batch.
 
 With weights in eight bits rows are quantized too, each by its own largest magnitude, and products are sums of integers. A NaN
 makes its row's results NaN.
@@ -13,33 +14,40 @@ makes its row's results NaN.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WORD
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WORD, Variable
 from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES
 from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
 
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
+TILE = 4  # outputs whose sums are in registers, and rows if vectors are wide
+BLOCK_VECTORS = 48  # of each row: eight of them, and four of the weight, in 36 KB
 
 OFFSET = 128  # of weights in eight bits: the instruction takes them unsigned
 
 
-class _Tile(NamedTuple):
-    """Rows and outputs whose sums are in registers, and the rows that come to such outputs before the next are read."""
+class Tile(NamedTuple):
+    """Rows and outputs whose sums are in registers."""
 
-    together: int
-    rows: int
-    outputs: int
+    row: ir.Value
+    num_rows: int
+    output: ir.Value
+    num_outputs: int
 
 
-def _tiles(lanes: int) -> Sequence[_Tile]:
-    """Processors whose vectors are narrow have half as many registers."""
-    rows = lanes // 4
-    return (_Tile(16, rows, 4), _Tile(8, rows, 4), _Tile(4, rows, 4), _Tile(2, 2, 1), _Tile(1, 1, 1))
+class _Part(NamedTuple):
+    """Rows that are multiplied together, and outputs from `first` to `last`."""
+
+    first_row: ir.Value
+    num_rows: int
+    first: ir.Value
+    last: ir.Value
 
 
 class DotProduct(Product):
@@ -49,57 +57,102 @@ class DotProduct(Product):
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
     asked_bytes: ClassVar[int] = ASKED_BYTES
+    rows_together: ClassVar[tuple[int, ...]] = (16, 8, TILE, 2, 1)
 
     def multiply(self) -> None:
         b = self.b
         self.vector_inputs = self.lanes * self.lane_inputs
         self._whole_inputs = b.whole(self.inputs, self.vector_inputs)
+        self._block_inputs = BLOCK_VECTORS * self.vector_inputs
+        self._kept_sums = b.room(self.rows_together[0] * SHARED_OUTPUTS * self.lanes, WORD)
         self.prepare_rows()
         with self.shared(b.over(b.plus(self.outputs, SHARED_OUTPUTS - 1), SHARED_OUTPUTS)) as n:
             first = b.times(n, SHARED_OUTPUTS)
             last = b.at_most(b.plus(first, SHARED_OUTPUTS), self.outputs)
             row = self.multiply_many(first, last)
-            for tile in _tiles(self.lanes):
-                num_rows = b.whole(b.sub(self.rows, row), tile.together)
-                end = b.plus(row, num_rows)
-                with b.loop(row, end, tile.together) as first_row:
-                    self._multiply_rows(tile, first_row, first, last)
+            for num_rows in self.rows_together:
+                end = b.plus(row, b.whole(b.sub(self.rows, row), num_rows))
+                with b.loop(row, end, num_rows) as first_row:
+                    self._multiply_rows(_Part(first_row, num_rows, first, last))
                 row = end
 
-    def _multiply_rows(self, tile: _Tile, first_row: ir.Value, first: ir.Value, last: ir.Value) -> None:
-        """`tile.together` of them with outputs from `first` to `last`."""
-        b = self.b
-        whole_end = b.plus(first, b.whole(b.sub(last, first), tile.outputs))
-        parts = [(first, whole_end, tile.outputs), (whole_end, last, 1)]
-        for start, end, num_outputs in parts if tile.outputs > 1 else parts[:1]:
-            with b.loop(start, end, num_outputs) as output, b.loop(0, tile.together, tile.rows) as n:
-                self._multiply_tile(b.plus(first_row, n), tile.rows, output, num_outputs)
+    def _multiply_rows(self, part: _Part) -> None:
+        if part.num_rows < TILE:
+            self._multiply_tiles(part, part.num_rows, 1)
+            return
+        b, rows = self.b, self.lanes * TILE // 16
+        whole_end = b.plus(part.first, b.whole(b.sub(part.last, part.first), TILE))
+        whole, rest = part._replace(last=whole_end), part._replace(first=whole_end)
+        if part.num_rows == TILE:
+            self._multiply_tiles(whole, rows, TILE)
+        else:
+            with b.if_else(b.icmp_signed(">", self.inputs, b.count(self._block_inputs))) as (several, one):
+                with several:
+                    self._multiply_in_blocks(whole, rows, TILE)
+                with one:
+                    self._multiply_tiles(whole, rows, TILE)
+        self._multiply_tiles(rest, rows, 1)
 
-    def _multiply_tile(self, row: ir.Value, num_rows: int, output: ir.Value, num_outputs: int) -> None:
-        b = self.b
-        rows = [self.row_numbers(b.plus(row, n)) for n in range(num_rows)]
-        weights = [self.weight_row(b.plus(output, n)) for n in range(num_outputs)]
-        asked = self.asked_bytes if num_outputs == 1 else b.times(self.row_bytes, num_outputs)
-        zero = b.all_lanes(self.sums, 0)
-        sums = {(r, o): b.variable(zero) for r in range(num_rows) for o in range(num_outputs)}
+    def _multiply_tiles(self, part: _Part, rows: int, outputs: int) -> None:
+        with self._tiles(part, rows, outputs) as tile:
+            sums = self._no_sums(tile)
+            self._add_products(tile, sums, self.b.count(0), self._whole_inputs)
+            self._finish(tile, sums)
 
-        def add_products(first: ir.Value, num: int) -> None:
-            numbers = [self._read(b.at(place, first, self.row_number), self.row_number, num) for place in rows]
+    def _multiply_in_blocks(self, part: _Part, rows: int, outputs: int) -> None:
+        """Of inputs, one after the other: a tile's sums are kept until it comes to the next."""
+        b = self.b
+        with b.loop(0, self.inputs, self._block_inputs) as start, self._tiles(part, rows, outputs) as tile:
+            end, sums = b.plus(start, self._block_inputs), self._no_sums(tile)
+            before = b.plus(
+                b.times(b.sub(tile.row, part.first_row), SHARED_OUTPUTS), b.times(b.sub(tile.output, part.first), rows)
+            )
+            kept = [b.at(self._kept_sums, b.times(b.plus(before, n), self.lanes), WORD) for n in range(len(sums))]
+            with b.if_then(b.icmp_signed(">", start, b.count(0))):
+                for total, place in zip(sums, kept, strict=True):
+                    total.set(b.read(place, self.sums))
+            self._add_products(tile, sums, start, b.at_most(end, self._whole_inputs))
+            with b.if_else(b.icmp_signed("<", end, self.inputs)) as (unfinished, finished):
+                with unfinished:
+                    for total, place in zip(sums, kept, strict=True):
+                        b.write(total.get(), place)
+                with finished:
+                    self._finish(tile, sums)
+
+    @contextmanager
+    def _tiles(self, part: _Part, rows: int, outputs: int) -> Iterator[Tile]:
+        """All rows of a part come to some outputs before the next of its outputs are read."""
+        b = self.b
+        with b.loop(part.first, part.last, outputs) as output, b.loop(0, part.num_rows, rows) as n:
+            yield Tile(b.plus(part.first_row, n), rows, output, outputs)
+
+    def _no_sums(self, tile: Tile) -> list[Variable]:
+        """Of nothing yet."""
+        return [self.b.variable(self.b.all_lanes(self.sums, 0)) for _ in range(tile.num_rows * tile.num_outputs)]
+
+    def _finish(self, tile: Tile, sums: Sequence[Variable]) -> None:
+        """After all whole vectors of inputs."""
+        self._add_products(tile, sums, self._whole_inputs, self.inputs, num=FEWEST_LANES * self.lane_inputs)
+        totals = self._added_up([total.get() for total in sums])
+        self._write(self.scaled(totals, tile), tile)
+
+    def _add_products(
+        self, tile: Tile, sums: Sequence[Variable], first: ir.Value, last: ir.Value, *, num: int | None = None
+    ) -> None:
+        """Of inputs from `first` to `last`, `num` at a time: a vector of them if nothing is said."""
+        b, num = self.b, num or self.vector_inputs
+        rows = [self.row_numbers(b.plus(tile.row, n)) for n in range(tile.num_rows)]
+        weights = [self.weight_row(b.plus(tile.output, n)) for n in range(tile.num_outputs)]
+        asked = self.asked_bytes if tile.num_outputs == 1 else b.times(self.row_bytes, tile.num_outputs)
+        with b.loop(first, last, num) as n:
+            numbers = [self._read(b.at(row, n, self.row_number), self.row_number, num) for row in rows]
             for o, weight in enumerate(weights):
-                place = b.at(weight, first, self.weight_number)
+                place = b.at(weight, n, self.weight_number)
                 b.prefetch(b.at(place, asked))
                 own = self.as_multiplied(self._read(place, self.weight_number, num))
                 for r, number in enumerate(numbers):
-                    total = sums[r, o]
+                    total = sums[r * tile.num_outputs + o]
                     total.set(self.add_product(total.get(), own, number))
-
-        with b.loop(0, self._whole_inputs, self.vector_inputs) as first:
-            add_products(first, self.vector_inputs)
-        fewest = FEWEST_LANES * self.lane_inputs
-        with b.loop(self._whole_inputs, self.inputs, fewest) as first:
-            add_products(first, fewest)
-        totals = self._added_up([total.get() for total in sums.values()])
-        self._write(self.scaled(totals, row, output, (num_rows, num_outputs)), row, output, (num_rows, num_outputs))
 
     def _read(self, place: ir.Value, of: ir.Type, num: int) -> ir.Value:
         """A vector, with zeros behind the first `num`."""
@@ -121,23 +174,20 @@ class DotProduct(Product):
             vectors = [self.add(*(self.b.picked(*pair, half) for half in (first, second))) for pair in pairs]
         return vectors[0]
 
-    def _write(self, totals: ir.Value, row: ir.Value, output: ir.Value, tile: tuple[int, int]) -> None:
-        b, (num_rows, num_outputs) = self.b, tile
-        for r in range(num_rows):
-            own = b.ordered(totals, range(r * num_outputs, (r + 1) * num_outputs))
-            b.write(own, self.result(b.plus(row, r), output))
+    def _write(self, results: ir.Value, tile: Tile) -> None:
+        for r in range(tile.num_rows):
+            own = self.b.ordered(results, range(r * tile.num_outputs, (r + 1) * tile.num_outputs))
+            self.b.write(own, self.result(self.b.plus(tile.row, r), tile.output))
 
-    def of_outputs(self, place: ir.Value, output: ir.Value, tile: tuple[int, int]) -> ir.Value:
+    def of_outputs(self, place: ir.Value, tile: Tile) -> ir.Value:
         """The outputs' own floats, once for each row of a tile."""
-        num_rows, num_outputs = tile
-        own = self.b.read(self.b.at(place, output, FLOAT32), ir.VectorType(FLOAT32, num_outputs))
-        return self.b.ordered(own, [*range(num_outputs)] * num_rows)
+        own = self.b.read(self.b.at(place, tile.output, FLOAT32), ir.VectorType(FLOAT32, tile.num_outputs))
+        return self.b.ordered(own, [*range(tile.num_outputs)] * tile.num_rows)
 
-    def of_rows(self, place: ir.Value, of: ir.Type, tile: tuple[int, int]) -> ir.Value:
+    def of_rows(self, place: ir.Value, of: ir.Type, tile: Tile) -> ir.Value:
         """The rows' own numbers, those of the tile's first at `place`, once for each output."""
-        num_rows, num_outputs = tile
-        own = self.b.read(place, ir.VectorType(of, num_rows))
-        return self.b.ordered(own, [row for row in range(num_rows) for _ in range(num_outputs)])
+        own = self.b.read(place, ir.VectorType(of, tile.num_rows))
+        return self.b.ordered(own, [row for row in range(tile.num_rows) for _ in range(tile.num_outputs)])
 
     # --- what kinds of weights differ in ---
 
@@ -167,8 +217,8 @@ class DotProduct(Product):
     def add(self, sums: ir.Value, others: ir.Value) -> ir.Value: ...
 
     @abstractmethod
-    def scaled(self, totals: ir.Value, row: ir.Value, output: ir.Value, tile: tuple[int, int]) -> ir.Value:
-        """The results, row after row, of (rows, outputs) from `row` and `output` on."""
+    def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        """The results, row after row."""
 
 
 class FloatProduct(DotProduct):
@@ -176,6 +226,7 @@ class FloatProduct(DotProduct):
 
     lane_inputs = 1
     weight_number = row_number = FLOAT32
+    rows_together = (8, TILE, 2, 1)  # sixteen do not fit into the first cache
 
     @property
     def sums(self) -> ir.VectorType:
@@ -196,8 +247,8 @@ class FloatProduct(DotProduct):
     def add(self, sums: ir.Value, others: ir.Value) -> ir.Value:
         return self.b.fadd(sums, others)
 
-    def scaled(self, totals: ir.Value, row: ir.Value, output: ir.Value, tile: tuple[int, int]) -> ir.Value:
-        return self.b.fadd(self.of_outputs(self.bias, output, tile), totals)
+    def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        return self.b.fadd(self.of_outputs(self.bias, tile), totals)
 
 
 class Float16Product(FloatProduct):
@@ -254,10 +305,10 @@ class Int8Product(DotProduct):
     def add(self, sums: ir.Value, others: ir.Value) -> ir.Value:
         return self.b.add(sums, others)
 
-    def scaled(self, totals: ir.Value, row: ir.Value, output: ir.Value, tile: tuple[int, int]) -> ir.Value:
-        b, num = self.b, tile[0] * tile[1]
-        code_sums = self.of_rows(self._rows.code_sum(row), WORD, tile)
+    def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        b, num = self.b, tile.num_rows * tile.num_outputs
+        code_sums = self.of_rows(self._rows.code_sum(tile.row), WORD, tile)
         too_much = b.mul(code_sums, b.all_lanes(code_sums.type, OFFSET))
         products = b.sitofp(b.sub(totals, too_much), ir.VectorType(FLOAT32, num))
-        scales = b.fmul(self.of_outputs(self.scales, output, tile), self.of_rows(self._rows.unit(row), FLOAT32, tile))
-        return b.fused(products, scales, self.of_outputs(self.bias, output, tile))
+        scales = b.fmul(self.of_outputs(self.scales, tile), self.of_rows(self._rows.unit(tile.row), FLOAT32, tile))
+        return b.fused(products, scales, self.of_outputs(self.bias, tile))
