@@ -128,6 +128,10 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         """Lane by lane; of a NaN and a number, the NaN."""
         return self.outside(f"llvm.maximum.v{self.lanes}f32", self.floats, a, b)
 
+    def larger_number(self, x: ir.Value, number: ir.Value) -> ir.Value:
+        """Lane by lane; of a NaN and a number, the number."""
+        return self.select(self.fcmp_ordered(">", x, number), x, number)
+
     def largest(self, x: ir.Value) -> ir.Value:
         """Of all lanes."""
         return self.outside(f"llvm.vector.reduce.fmaximum.v{self.lanes}f32", FLOAT32, x)
@@ -144,6 +148,19 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         if name not in self.module.globals:
             ir.Function(self.module, ir.FunctionType(FLOAT32, [FLOAT32, self.floats]), name)
         return self.call(self.module.globals[name], [ir.Constant(FLOAT32, 0.0), x], fastmath=["reassoc"])
+
+    def sums(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Of all lanes of each: a vector of as many numbers. They are a power of two of at most `lanes`."""
+        add = self.add if vectors[0].type == self.words else self.fadd
+        part = self.lanes  # lanes of one vector that are left
+        while part > 1:
+            pairs = [*zip(vectors[::2], vectors[1::2], strict=True)] if len(vectors) > 1 else [(vectors[0],) * 2]
+            num = (2 if len(vectors) > 1 else 1) * (vectors[0].type.count // part)
+            part //= 2
+            first = [2 * part * n + lane for n in range(num) for lane in range(part)]
+            second = [lane + part for lane in first]
+            vectors = [add(*(self.picked(*pair, half) for half in (first, second))) for pair in pairs]
+        return vectors[0]
 
     def smaller_or(self, x: ir.Value, bound: float) -> ir.Value:
         """At most `bound`; a NaN stays."""

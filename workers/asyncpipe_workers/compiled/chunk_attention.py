@@ -186,7 +186,7 @@ class ChunkAttention(Kernel):
             for score, last, top in zip(self._read_row(row), newest, tile.tops, strict=True):
                 is_seen = b.and_(b.icmp_signed("<=", key, last), b.icmp_signed("<", b.sub(last, key), window))
                 scores.append(b.select(is_seen, self._capped(score), unseen))
-                top.set(b.larger(top.get(), scores[-1]))
+                top.set(b.larger_number(scores[-1], top.get()))
             self._write_row(scores, row)
         tops = [top.get() for top in tile.tops]
         factors = [b.exp(b.fsub(old, top)) for old, top in zip(old_tops, tops, strict=True)]

@@ -133,7 +133,7 @@ class DotProduct(Product):
     def _finish(self, tile: Tile, sums: Sequence[Variable]) -> None:
         """After all whole vectors of inputs."""
         self._add_products(tile, sums, self._whole_inputs, self.inputs, num=FEWEST_LANES * self.lane_inputs)
-        totals = self._added_up([total.get() for total in sums])
+        totals = self.b.sums([total.get() for total in sums])
         self._write(self.scaled(totals, tile), tile)
 
     def _add_products(
@@ -161,18 +161,6 @@ class DotProduct(Product):
             return own
         order = [*range(num), *[num] * (self.vector_inputs - num)]
         return self.b.picked(own, ir.Constant(own.type, None), order)
-
-    def _added_up(self, vectors: Sequence[ir.Value]) -> ir.Value:
-        """The lanes of each: as many numbers as vectors, a power of two of at most `lanes`."""
-        part = self.lanes  # lanes of one vector that are left
-        while part > 1:
-            pairs = [*zip(vectors[::2], vectors[1::2], strict=True)] if len(vectors) > 1 else [(vectors[0],) * 2]
-            num = (2 if len(vectors) > 1 else 1) * (vectors[0].type.count // part)
-            part //= 2
-            first = [2 * part * n + lane for n in range(num) for lane in range(part)]
-            second = [lane + part for lane in first]
-            vectors = [self.add(*(self.b.picked(*pair, half) for half in (first, second))) for pair in pairs]
-        return vectors[0]
 
     def _write(self, results: ir.Value, tile: Tile) -> None:
         for r in range(tile.num_rows):
@@ -214,9 +202,6 @@ class DotProduct(Product):
     def add_product(self, sums: ir.Value, weight: ir.Value, row: ir.Value) -> ir.Value: ...
 
     @abstractmethod
-    def add(self, sums: ir.Value, others: ir.Value) -> ir.Value: ...
-
-    @abstractmethod
     def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
         """The results, row after row."""
 
@@ -243,9 +228,6 @@ class FloatProduct(DotProduct):
 
     def add_product(self, sums: ir.Value, weight: ir.Value, row: ir.Value) -> ir.Value:
         return self.b.fused(weight, row, sums)
-
-    def add(self, sums: ir.Value, others: ir.Value) -> ir.Value:
-        return self.b.fadd(sums, others)
 
     def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
         return self.b.fadd(self.of_outputs(self.bias, tile), totals)
@@ -301,9 +283,6 @@ class Int8Product(DotProduct):
 
     def add_product(self, sums: ir.Value, weight: ir.Value, row: ir.Value) -> ir.Value:
         return self.b.dot_of_bytes(sums, weight, row)
-
-    def add(self, sums: ir.Value, others: ir.Value) -> ir.Value:
-        return self.b.add(sums, others)
 
     def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
         b, num = self.b, tile.num_rows * tile.num_outputs
