@@ -81,8 +81,8 @@ class Plan(NamedTuple):
         return by_workload if is_one_fleet else sorted(by_workload, key=lambda turn: self.cases.index(turn[0]))
 
 
-def measure(plan: Plan, model: Model, folder: Path, bar: Any) -> peer_report.Findings:
-    found = peer_report.Findings(model.dtype)
+def measure(plan: Plan, model: Model, folder: Path, bar: Any, found: peer_report.Findings) -> None:
+    """Adds to `found`."""
     for case in plan.cases:
         if reason := reason_to_skip(case, model):
             found.reasons[case.name] = f"skipped: {reason}"
@@ -99,7 +99,6 @@ def measure(plan: Plan, model: Model, folder: Path, bar: Any) -> peer_report.Fin
                     if total_s > plan.repeat_under_s:
                         slow.add((case.name, workload.name))
                 bar.update()
-    return found
 
 
 def take_turn(fleet: Fleet, found: peer_report.Findings, case: Case, workload: Workload, *, number: int) -> float:
@@ -121,14 +120,14 @@ def reason_to_skip(case: Case, model: Model) -> str | None:
     return case.missing_for(model)
 
 
-def run(plan: Plan, *, parent: Path | None) -> dict[str, peer_report.Findings]:
-    found = {}
+def run(plan: Plan, *, parent: Path | None, found: dict[str, peer_report.Findings]) -> None:
+    """Adds to `found`, so that nothing is lost when it is ended."""
     turns = len(plan.turns(is_one_fleet=True))
     with tqdm(total=len(plan.models) * plan.rounds * turns, unit="run", disable=None, file=sys.stderr) as bar:
         for model in plan.models:
             with tempfile.TemporaryDirectory(dir=parent, prefix="asyncpipe-peers-") as folder:
-                found[model.name] = measure(plan, model, Path(folder), bar)
-    return found
+                found[model.name] = peer_report.Findings(model.dtype)
+                measure(plan, model, Path(folder), bar, found[model.name])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -201,16 +200,23 @@ def main() -> None:
     except Invalid as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _end)
+    found: dict[str, peer_report.Findings] = {}
+    status: int | str | None = 0
     try:
-        found = run(plan, parent=arguments.folder)
+        run(plan, parent=arguments.folder, found=found)
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 128 + signal.SIGINT
+    except SystemExit as end:
+        status = end.code
+    if status:
+        print("ended early; what follows is what was measured until then", file=sys.stderr)
     if arguments.json:
         print(json.dumps(peer_report.as_json(found, rounds=plan.rounds), indent=2))
     else:
         print(peer_report.as_text(found, rounds=plan.rounds))
-    if plot:
+    if plot and not status:
         peer_report.draw(found, plot)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
