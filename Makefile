@@ -20,7 +20,7 @@ test-gpu: $(STAMP)  ## the tests that need a CUDA device
 
 test-docker: $(STAMP)  ## build the images and run them, on a Docker engine of its own if none runs here
 	@sh tests/install.sh docker
-	@$(BIN)/python -m pytest -m docker tests/docker --durations=0
+	@$(BIN)/python -m pytest -m docker tests/docker --durations=0 -o faulthandler_timeout=1790
 
 setup: $(STAMP)  ## only set up
 

@@ -26,7 +26,7 @@ def run(coroutine: Coroutine[Any, Any, T], *, timeout_s: float = 20.0) -> T:
         return runner.run(bounded())
 
 
-async def until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], *, timeout_s: float = 15.0) -> None:
     """It holds. Raises TimeoutError when it does not within `timeout_s`."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -8,11 +8,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
+
 from asyncpipe.actors import Actor, ActorRef, ActorSystem
 from asyncpipe.errors import ErrorCode
 from asyncpipe.ids import new_node_id
 from asyncpipe.simulation import Simulation
 from asyncpipe.wire.messages import Chunk, ConnectNext, Delta, LoadStage, Opened, Ready, StageFailed, Step, Tokens
+from asyncpipe_workers import stage as stage_module
 from asyncpipe_workers.hidden_links import StageSeat
 from asyncpipe_workers.sim import SimulatedStage, simulated_tokens
 from asyncpipe_workers.stage import STAGE_ACTOR, StageActor
@@ -112,7 +115,9 @@ def test_the_steps_of_several_at_once_go_round_and_their_tokens_come_one_by_one(
     run(scenario(), timeout_s=30)
 
 
-def test_where_the_last_stage_cannot_reach_the_first_it_says_so_and_goes_on() -> None:
+def test_where_the_last_stage_cannot_reach_the_first_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "CONNECT_TIMEOUT_S", 0.2)
+
     async def scenario() -> None:
         async with two_stages() as pipeline:
             ready = await pipeline.connect(1, "memory://nobody")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from asyncpipe.errors import AsyncPipeError, Broken
@@ -12,7 +11,7 @@ from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.zmq_link import HEADER, ZmqLink
 from asyncpipe.wire.handshake import Hello
 from asyncpipe.wire.tensors import Buffer
-from tests.support import run
+from tests.support import run, until
 
 
 class Witness:
@@ -50,7 +49,7 @@ def test_what_a_peer_said_before_it_left_is_delivered_though_it_cannot_be_answer
         link._owe(Kind.SHARED, 1)
         witness = Witness()
         link.start(witness)
-        await asyncio.sleep(0.01)
+        await until(lambda: len(witness.seen) > 1)
         return witness.seen
 
     assert run(scenario()) == [b"last words", "actor there closed the link"]
