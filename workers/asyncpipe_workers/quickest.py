@@ -24,6 +24,7 @@ ROUNDS = 9  # in one of which nobody disturbs
 MOST_BETWEEN_BYTES = 64 << 20  # more than a cache holds
 MIN_GAIN = 0.9  # of the first way's time: what is not quicker than that is not worth another way
 CACHE_FILE = "kernels.json"
+CPU_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # a virtual machine may say less in its name
 
 Call = Callable[[], torch.Tensor]
 
@@ -89,9 +90,10 @@ def _seconds(call: Call, between: torch.Tensor) -> float:
 def _machine() -> str:
     """Processor and library: what was measured with others says nothing."""
     processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        fields = {name.strip(): own.strip() for name, _, own in (line.partition(":") for line in lines)}
+        processor = ", ".join(f"{name} {fields[name]}" for name in CPU_FIELDS if name in fields) or processor
     return f"{processor}, torch {torch.__version__}"
 
 
