@@ -98,7 +98,7 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     compute one step of one micro-batch.
 
     `hidden` is (T, D): T counts the step's rows. Over a link beside the messages it is `posted`. `timings` has one entry a
-    stage that the step has passed.
+    stage that the step has passed. While a step `is_alone` in the pipeline, all stages but one rest.
     """
 
     epoch: Count
@@ -108,6 +108,7 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     timings: Timings = ()
     hidden: Tensor | None = None
     posted: Posted | None = None
+    is_alone: bool = False
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -244,6 +245,7 @@ class LoadStage(Request[StageReport], frozen=True, kw_only=True, omit_defaults=T
     max_sequences: Annotated[int, Meta(ge=1, le=2**20)]  # in all micro-batches together
     eos_token_ids: StepTokenIds = ()
     num_threads: Count = 0  # compute threads; 0 leaves torch's default
+    machine_threads: Count = 0  # of all stages on its machine, for steps that are alone; 0: no more than its own
     kv_block_tokens: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS)]
     kv_dtype: Name = "auto"  # of keys and values, as `dtype`; auto: what is quickest where that loses less than `quantize` does
     kv_bytes: Count | None = None  # memory for keys and values; None: `kv_share` of what is free once the layers are loaded

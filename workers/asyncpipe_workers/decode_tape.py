@@ -58,7 +58,7 @@ class DecodeTapes:
         self._layers = layers
         self._cache = cache
         self._memory = TapeMemory()
-        self._tapes: dict[int, _Recorded] = {}  # by the number of rows
+        self._tapes: dict[tuple[int, int], _Recorded] = {}  # by the numbers of rows and of threads
         self._ropes: set[Frequencies] = set()  # that layers have asked for, and windows
         self._windows: set[int | None] = set()
         self._most_rows = MAX_ROWS
@@ -67,7 +67,7 @@ class DecodeTapes:
         """What the layers make of it, to be used before the next step."""
         if not self._windows:  # the first step, from which the next one knows what to prepare
             return self._computed(hidden_BD, layout)
-        recorded = self._tapes.get(len(layout.rows))
+        recorded = self._tapes.get((len(layout.rows), torch.get_num_threads()))
         if recorded is None or not recorded.bring(hidden_BD, layout):
             return self._record(hidden_BD, layout)
         recorded.replay()
@@ -106,7 +106,8 @@ class DecodeTapes:
             log.info("decode steps of more than %d rows are computed call by call: %s is not compiled", self._most_rows, what)
         else:
             replay = Chain(tape.calls)
-            self._tapes[len(layout.rows)] = _Recorded(layout.seen, layout.rotations, kept_BD, output_BD, tape, replay)
+            key = len(layout.rows), torch.get_num_threads()
+            self._tapes[key] = _Recorded(layout.seen, layout.rotations, kept_BD, output_BD, tape, replay)
         return output_BD
 
 

@@ -42,6 +42,9 @@ class SimulatedStage:
         self._micro_batches: dict[int, list[_Sequence]] = {}
         self.kv_blocks = simulation.kv_blocks
 
+    def use_threads(self, num_threads: int) -> None:
+        """It only takes time."""
+
     def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
         return 1
 

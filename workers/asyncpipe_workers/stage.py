@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
@@ -242,8 +242,14 @@ class StageActor(Actor):
             return
         model = self._loaded_model()
         steps = [self._arrived.popleft() for _ in range(model.choose(lambda: list(self._arrived)))]
+        model.use_threads(self._num_threads(steps))
         for step, output in zip(steps, model.compute(steps), strict=True):
             yield _Computed(step, output)
+
+    def _num_threads(self, steps: Sequence[ArrivedStep]) -> int:
+        """The other stages of this machine do not need theirs while they rest."""
+        plan = self._loaded_plan()
+        return max(plan.num_threads, plan.machine_threads) if all(each.step.is_alone for each in steps) else plan.num_threads
 
     def _on_computed(self, timed: Timed[_Computed], *, epoch: int) -> None:
         """On the event loop, in the order of the steps."""
@@ -338,7 +344,7 @@ class StageActor(Actor):
 def _following(step: Step, output: StageOutput) -> Step:
     """The next of several steps at once, for the first stage: every member goes on with what was chosen for it."""
     delta = Delta(token_ids=output.token_ids, num_steps=step.delta.num_steps - 1)
-    return Step(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step + 1, delta=delta)
+    return Step(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step + 1, delta=delta, is_alone=step.is_alone)
 
 
 def _tokens(step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Tokens:
@@ -355,5 +361,6 @@ def _tokens(step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -
 
 def _holds_the_same(held: LoadStage, wanted: LoadStage) -> bool:
     """Whether who holds what `held` says has what `wanted` asks for: they differ at most in when, and among whom."""
-    circumstances = {name: getattr(wanted, name) for name in ("epoch", "previous_key", "num_threads", "kv_share")}
+    names = ("epoch", "previous_key", "num_threads", "machine_threads", "kv_share")
+    circumstances = {name: getattr(wanted, name) for name in names}
     return msgspec.structs.replace(held, **circumstances) == wanted

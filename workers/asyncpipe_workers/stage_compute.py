@@ -43,6 +43,10 @@ class StageCompute(Protocol):
         """What moves between memory tiers, if anything can."""
         ...
 
+    def use_threads(self, num_threads: int) -> None:
+        """For what is computed from now on; 0: as many as it likes."""
+        ...
+
     def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
         """How many of the steps that have arrived by now are to be computed together: the first so many, at least one."""
         ...

@@ -116,6 +116,10 @@ class StageModel:
     def close(self) -> None:
         self._memory.close()
 
+    def use_threads(self, num_threads: int) -> None:
+        if num_threads not in (0, torch.get_num_threads()):
+            torch.set_num_threads(num_threads)
+
     def choose(self, arrived: Callable[[], Sequence[ArrivedStep]]) -> int:
         return self._grouping.choose(arrived)
 

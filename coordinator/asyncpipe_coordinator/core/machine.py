@@ -368,7 +368,8 @@ class Machine:
         )
         if delta == Delta():
             return []
-        step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta)
+        is_alone = self._is_alone(micro_batch)
+        step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta, is_alone=is_alone)
         micro_batch.next_step += delta.num_steps
         micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
         self.meter.issued(at_s)
@@ -382,6 +383,12 @@ class Machine:
             return 1
         holds_up = books.num_admitted + len(books.waiting) >= books.num_open
         return self.tuner.steps_at_once(len(micro_batch.members), holds_up=holds_up)
+
+    def _is_alone(self, micro_batch: MicroBatch) -> bool:
+        """Whether no other is in the pipeline, nor will be by what is known now."""
+        books = self._books
+        others = any(other.in_flight or other.members for other in books.micro_batches if other is not micro_batch)
+        return self.limits.num_stages > 1 and not (others or books.parked or books.num_uncomputed)
 
     def _idle_prefill(self) -> int:
         """Of prompts, for a step in which nobody decodes. What is brought here for each step is brought as seldom as can be."""

@@ -132,6 +132,7 @@ class WorkerPool:
         neighbours = self._num_on_machine(worker)
         previous = self.workers.get((stage - 1) % len(self.layers))
         cpus = config.cpus
+        num_threads = config.threads_of(worker.join.num_cores, num_neighbours=neighbours)
         return LoadStage(
             epoch=self.epoch,
             stage=stage,
@@ -150,7 +151,8 @@ class WorkerPool:
             max_context_len=self.model.max_context_len,
             max_sequences=self.max_sequences,
             eos_token_ids=tuple(sorted(self.model.eos_token_ids)),
-            num_threads=config.threads_of(worker.join.num_cores, num_neighbours=neighbours),
+            num_threads=num_threads,
+            machine_threads=self._machine_threads(worker, num_threads) if cpus is None else 0,
             kv_block_tokens=config.kv_block_tokens,
             kv_dtype=config.kv_dtype,
             kv_bytes=config.kv_bytes_of(stage),
@@ -168,6 +170,14 @@ class WorkerPool:
     def _num_on_machine(self, worker: Worker) -> int:
         """Stages on the same machine, itself included."""
         return sum(other.join.machine == worker.join.machine for other in self.workers.values())
+
+    def _machine_threads(self, worker: Worker, num_threads: int) -> int:
+        """Of all stages that compute on the same processors, as far as this one may use them; 0: of a GPU."""
+        if worker.join.device != "cpu":
+            return 0
+        joins = [other.join for other in self.workers.values()]
+        num_stages = sum((join.device, join.machine) == ("cpu", worker.join.machine) for join in joins)
+        return min(num_stages * num_threads, worker.join.num_cores)
 
     def _dtype(self) -> str:
         """`auto` is the checkpoint's own on GPUs; CPUs compute most in float32, and all stages must have the same."""
