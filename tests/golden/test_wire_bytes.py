@@ -395,6 +395,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             max_sequences=32,
             eos_token_ids=(2,),
             num_threads=4,
+            machine_threads=8,
             kv_block_tokens=16,
             kv_bytes=2**33,
             kv_share=0.25,
@@ -422,6 +423,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "max_sequences": 32,
             "eos_token_ids": [2],
             "num_threads": 4,
+            "machine_threads": 8,
             "kv_block_tokens": 16,
             "kv_bytes": 2**33,
             "kv_share": 0.25,
@@ -454,8 +456,8 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
     (m.GetClock(), {}),
     (m.GetSpans(first=8), {"first": 8}),
     (
-        m.Step(epoch=1, micro_batch=2, step=3, delta=m.Delta(token_ids=(8, 50_000))),
-        {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"token_ids": [8, 50_000]}},
+        m.Step(epoch=1, micro_batch=2, step=3, delta=m.Delta(token_ids=(8, 50_000)), is_alone=True),
+        {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"token_ids": [8, 50_000]}, "is_alone": True},
     ),
     (
         m.Step(epoch=1, micro_batch=2, step=3, delta=DELTA, timings=(TIMING,), hidden=HIDDEN),

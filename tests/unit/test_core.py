@@ -31,6 +31,32 @@ def test_the_stages_get_the_next_step_before_clients_get_the_tokens() -> None:
     assert [type(command) for command in answer(core, step, 9)] == [commands.IssueStep, commands.EmitToken]
 
 
+def test_a_step_is_alone_while_no_other_is_in_the_pipeline_or_about_to_be() -> None:
+    core = machine()
+    (alone,) = steps(core.handle(submitted("a")))
+    assert alone.is_alone
+    (going_on,) = steps(answer(core, alone, 9))
+    assert going_on.is_alone
+    (beside,) = steps(core.handle(submitted("b", max_new_tokens=1)))
+    assert not beside.is_alone
+    (in_company,) = steps(answer(core, going_on, 9))
+    assert not in_company.is_alone
+    (leaving,) = steps(answer(core, beside, 9))
+    answer(core, leaving)
+    (alone_again,) = steps(answer(core, in_company, 9))
+    assert alone_again.is_alone
+
+
+def test_parts_of_a_prompt_that_overlap_are_not_alone() -> None:
+    issued = steps(machine().handle(submitted("long", prompt_len=2000)))
+    assert [step.is_alone for step in issued] == [False, False]
+
+
+def test_nobody_else_rests_where_there_is_one_stage() -> None:
+    core = machine(num_stages=1, num_micro_batches=1)
+    assert [step.is_alone for step in steps(core.handle(submitted("a")))] == [False]
+
+
 def test_requests_are_spread_evenly_over_micro_batches() -> None:
     core = Machine(machine().limits)
     for number in range(6):

@@ -62,6 +62,10 @@ def taped(stage: StageModel) -> DecodeTapes:
     return stage._sweep._tapes
 
 
+def sizes_of_tapes(stage: StageModel) -> set[int]:
+    return {num_rows for num_rows, _ in taped(stage)._tapes}
+
+
 def steps(stages: list[StageModel], deltas: list[Delta], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Logits of each; tokens do not depend on them."""
     seen: list[torch.Tensor] = []
@@ -125,6 +129,24 @@ def test_what_is_not_all_kernels_is_computed_call_by_call(model: str, tmp_path: 
     assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
     assert taped(stage)._most_rows < 3
     assert not taped(stage)._tapes
+
+
+def test_each_number_of_threads_has_tapes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beginning = joining(*(opened(n, prompt) for n, prompt in enumerate(distinct_prompts(2))))
+    deltas = going_on(2, times=8)
+    path, before = MODELS["llama"](tmp_path), torch.get_num_threads()
+    _, *expected = steps(load_chain(path, (3,)), [beginning, *deltas], monkeypatch)
+    (stage,) = load_chain(path, (3,))
+    steps([stage], [beginning], monkeypatch)
+    found: list[torch.Tensor] = []
+    try:
+        for num_threads in (3, 1, 3, 2):  # the first needs most memory
+            stage.use_threads(num_threads)
+            found += steps([stage], [deltas.pop(0), deltas.pop(0)], monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(taped(stage)._tapes) == [(2, 1), (2, 2), (2, 3)]
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_a_steady_step_calls_no_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,12 +256,12 @@ def test_tapes_of_other_sizes_go_when_memory_grows(tmp_path: Path, monkeypatch: 
     """Else each would keep what it was recorded with."""
     (stage,) = load_chain(MODELS["llama"](tmp_path), (3,))
     steps([stage], [joining(opened(0, [5, 6])), *going_on(1, times=3)], monkeypatch)
-    assert set(taped(stage)._tapes) == {1}
+    assert sizes_of_tapes(stage) == {1}
     steps([stage], [joining(opened(1, [5, 6]), opened(2, [7]), token_ids=(4,)), *going_on(3, times=2)], monkeypatch)
-    assert set(taped(stage)._tapes) == {3}
+    assert sizes_of_tapes(stage) == {3}
     num_bytes = taped(stage)._memory.num_bytes
     steps([stage], [Delta(left=(1,), token_ids=(4, 5)), *going_on(2, times=2)], monkeypatch)
-    assert set(taped(stage)._tapes) == {2, 3}
+    assert sizes_of_tapes(stage) == {2, 3}
     assert taped(stage)._memory.num_bytes == num_bytes
 
 

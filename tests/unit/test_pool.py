@@ -29,7 +29,7 @@ def pool_of(*joins: Join) -> WorkerPool:
 
 
 def joined(device: str, *, machine: str = "here", card: str = "") -> Join:
-    return Join(pid=1, host="box", machine=machine, device=device, card=card, address="tcp://127.0.0.1:1")
+    return Join(pid=1, host="box", machine=machine, device=device, card=card, num_cores=6, address="tcp://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,20 @@ def joined(device: str, *, machine: str = "here", card: str = "") -> Join:
 )
 def test_stages_share_memory_on_the_processors_of_a_machine_or_on_a_card(joins: list[Join], expected: bool) -> None:
     assert pool_of(*joins).shares_memory is expected
+
+
+@pytest.mark.parametrize(
+    ("joins", "expected"),
+    [
+        ([joined("cpu"), joined("cpu")], 4),
+        ([joined("cpu"), joined("cpu", machine="there"), joined("cpu")], 4),
+        ([joined("cpu"), joined("cuda:0"), joined("cpu"), joined("cpu"), joined("cpu")], 6),
+        ([joined("cpu"), joined("cuda:0")], 2),
+        ([joined("cuda:0"), joined("cpu")], 0),
+    ],
+)
+def test_the_threads_of_a_machine_are_those_of_its_stages_on_cores_that_the_first_may_use(
+    joins: list[Join], expected: int
+) -> None:
+    pool = pool_of(*joins)
+    assert pool._machine_threads(pool.workers[0], num_threads=2) == expected

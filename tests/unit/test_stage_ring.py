@@ -38,25 +38,41 @@ class Coordinator(Actor):
         (self.tokens if isinstance(message, Tokens) else self.failures).append(message)  # type: ignore[arg-type]
 
 
+class Threads(SimulatedStage):
+    """Keeps with how many it is to compute each step."""
+
+    def __init__(self, simulation: Simulation, plan: LoadStage) -> None:
+        super().__init__(simulation, plan)
+        self.used: list[int] = []
+
+    def use_threads(self, num_threads: int) -> None:
+        self.used.append(num_threads)
+
+
 @dataclass
 class Pipeline:
     """The stages as the coordinator sees them, and their systems."""
 
     coordinator: Coordinator
     stages: list[ActorRef] = field(default_factory=list)
+    computes: list[Threads] = field(default_factory=list)
     systems: list[ActorSystem] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
+
+    def load(self, plan: LoadStage) -> Threads:
+        self.computes.append(Threads(Simulation(layer_ms=1.0), plan))
+        return self.computes[-1]
 
     async def connect(self, stage: int, address: str) -> Ready:
         return await self.stages[stage].ask(ConnectNext(epoch=1, address=address), timeout=10.0)
 
-    async def begin(self, *, num_steps: int) -> None:
-        """A prompt's step, and when its token is there the one that several begin with."""
+    async def begin(self, *, num_steps: int, is_alone: bool = False) -> None:
+        """A prompt's step, and when its token is there the one that several begin with, which may be alone."""
         opened = Delta(opened=(Opened(0, PROMPT, len(PROMPT)),), chunks=(Chunk(0, len(PROMPT)),))
         await self.stages[0].tell(Step(epoch=1, micro_batch=0, step=0, delta=opened))
         await until(lambda: len(self.coordinator.tokens) == 1)
         going_on = Delta(token_ids=self.coordinator.tokens[0].token_ids, num_steps=num_steps)
-        await self.stages[0].tell(Step(epoch=1, micro_batch=0, step=1, delta=going_on))
+        await self.stages[0].tell(Step(epoch=1, micro_batch=0, step=1, delta=going_on, is_alone=is_alone))
 
 
 def plan(stage: int, num_stages: int) -> LoadStage:
@@ -72,6 +88,8 @@ def plan(stage: int, num_stages: int) -> LoadStage:
         max_context_len=4096,
         max_sequences=8,
         kv_block_tokens=16,
+        num_threads=2,
+        machine_threads=4,
     )
 
 
@@ -86,7 +104,7 @@ async def two_stages() -> AsyncIterator[Pipeline]:
         home = await system.listen(f"memory://{new_node_id()}")
         for _ in range(2):
             worker = await stack.enter_async_context(ActorSystem("worker", role="worker"))
-            actor = StageActor(loader=lambda plan: SimulatedStage(Simulation(layer_ms=1.0), plan), seat=SEAT)
+            actor = StageActor(loader=pipeline.load, seat=SEAT)
             stage = worker.spawn(lambda actor=actor: actor, name=STAGE_ACTOR)
             actor.serve((await worker.connect(home, actor="coordinator")).as_seen_by(stage))
             pipeline.systems.append(worker)
@@ -111,6 +129,17 @@ def test_the_steps_of_several_at_once_go_round_and_their_tokens_come_one_by_one(
             await asyncio.sleep(0.02)
             assert len(tokens) == 7, "after the last of them the coordinator is asked"
             assert not pipeline.coordinator.failures
+
+    run(scenario(), timeout_s=30)
+
+
+def test_steps_that_are_alone_have_the_threads_of_the_whole_machine() -> None:
+    async def scenario() -> None:
+        async with two_stages() as pipeline:
+            await pipeline.connect(1, pipeline.addresses[0])
+            await pipeline.begin(num_steps=3, is_alone=True)
+            await until(lambda: len(pipeline.coordinator.tokens) == 4)
+            assert [compute.used for compute in pipeline.computes] == [[2, 4, 4, 4]] * 2
 
     run(scenario(), timeout_s=30)
 
