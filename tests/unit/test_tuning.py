@@ -136,8 +136,8 @@ def test_turns_are_judged_by_the_work_of_as_many_sequences() -> None:
 
 
 def test_turns_are_not_tried_where_a_trial_would_take_long() -> None:
-    tuner = tuned([100.0, 100.0], overhead_ms=1.0)
-    round_trips(tuner, 2, *[200.0] * ENOUGH)
+    tuner = tuned([1000.0, 1000.0], overhead_ms=1.0)
+    round_trips(tuner, 2, *[2000.0] * ENOUGH)
     assert chosen(tuner) == 2
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 NUM_RECENT = 16  # round trips whose median counts
 ENOUGH = 8  # of them to go by
 STALE = 1024  # round trips with other numbers, after which one is tried again
-MOST_TRIED_S = 0.1  # a round trip, to try another number at all: longer steps have more to lose by it
+MOST_TRIED_S = 1.0  # a round trip, to try another number at all: longer steps have more to lose by it
 WORTH_TRYING = 0.05  # round trips must be so much shorter than with the number that was computed
 
 
