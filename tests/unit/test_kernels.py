@@ -197,6 +197,17 @@ def test_forms_that_are_compared_take_turns(cache: Path) -> None:
     assert called == list("abc") * (1 + quickest.ROUNDS)
 
 
+@pytest.mark.parametrize("other", ["cpu family : 25\nmodel : 2", "cpu family : 26\nmodel : 17", ""])
+def test_processors_that_are_called_the_same_are_told_apart(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As virtual machines do with "AMD EPYC"."""
+
+    def machine(fields: str) -> str:
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor : 0\nmodel name : AMD EPYC\n{fields}\n\n")
+        return quickest._machine.__wrapped__()
+
+    assert machine("cpu family : 26\nmodel : 2") != machine(other)
+
+
 def test_of_a_large_weight_a_part_is_compared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of millions would take seconds, and as much memory again."""
     tried: list[int] = []

@@ -262,7 +262,7 @@ class StageActor(Actor):
             self._report(error)
             return
         start_ns, end_ns = output.began_ns or timed.start_ns, output.ended_ns or timed.end_ns
-        num_steps = step.delta.num_steps if self._is_alone else 1
+        num_steps = step.delta.num_steps if self._is_whole_pipeline else 1
         self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns, num_steps=num_steps)
         timing = StageTiming(max(start_ns - arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
         timings = (*step.timings, timing)
@@ -278,13 +278,13 @@ class StageActor(Actor):
 
     def _answer(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput, end_ns: int) -> None:
         """The stages first: they work on the next of several steps while the coordinator gets the tokens of this one."""
-        if step.delta.num_steps > 1 and not self._is_alone:
+        if step.delta.num_steps > 1 and not self._is_whole_pipeline:
             self._next.send(Outgoing(step, _following(step, output)))
         due_ns = end_ns + int(self._loaded_model().link_s * 1e9)
         self._coordinator.send(Outgoing(step, _tokens(step, timings, output), due_ns))
 
     @property
-    def _is_alone(self) -> bool:
+    def _is_whole_pipeline(self) -> bool:
         return self._loaded_plan().num_stages == 1
 
     @property
