@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from asyncpipe.errors import AsyncPipeError
+from asyncpipe.errors import AsyncPipeError, Invalid
 from asyncpipe.transport.keys import Keys
 from asyncpipe.wire.handshake import Hello
 from asyncpipe.wire.tensors import Buffer
@@ -150,3 +150,9 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     async def connect(self, address: str, *, hello: Hello, options: LinkOptions) -> Link:
         """Connect and shake hands within `options.handshake_s`. Raises Timeout, Refused, WireError, Invalid."""
+
+
+def address_in_use(address: str) -> Invalid:
+    """To be raised by `listen`."""
+    hint = "choose another port or 0" if address.startswith("tcp://") else "choose another name"
+    return Invalid(f"{address} is already in use; {hint}")

@@ -148,12 +148,16 @@ class CreditedLink(Link):
         try:
             self._dispatch(kind, value, frames)
         except WireError as error:
-            log.warning("ended a link: %s", error)
-            with contextlib.suppress(AsyncPipeError):
-                self._transmit(Kind.REFUSE, frames=[encode_refusal(str(error))])
-            self._finish(error)
+            self._refuse(error)
         except AsyncPipeError as error:
             self._finish(error)
+
+    def _refuse(self, error: WireError) -> None:
+        """The peer's bytes are not this protocol."""
+        log.warning("ended a link: %s", error)
+        with contextlib.suppress(AsyncPipeError):
+            self._transmit(Kind.REFUSE, frames=[encode_refusal(str(error))])
+        self._finish(error)
 
     def _dispatch(self, kind: int, value: int, frames: Sequence[Buffer]) -> None:
         match kind:

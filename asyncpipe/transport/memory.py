@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from asyncpipe.errors import Broken, Busy, Invalid, Timeout
-from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport
+from asyncpipe.errors import Broken, Busy, Timeout
+from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport, address_in_use
 from asyncpipe.transport.credit import CreditedLink, Kind, offer
 from asyncpipe.wire.handshake import Hello, check_hello, decode_hello, encode_hello
 from asyncpipe.wire.tensors import Buffer
@@ -77,7 +77,7 @@ class MemoryTransport(Transport):
     async def listen(self, address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions) -> Listener:
         listeners = _listeners.setdefault(asyncio.get_running_loop(), {})
         if address in listeners:
-            raise Invalid(f"{address} is already in use; choose another name")
+            raise address_in_use(address)
         listener = listeners[address] = MemoryListener(address, hello=hello, on_link=on_link, options=options)
         return listener
 

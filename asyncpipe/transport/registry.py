@@ -5,9 +5,10 @@ from __future__ import annotations
 from asyncpipe.errors import Invalid
 from asyncpipe.transport.base import Transport
 from asyncpipe.transport.memory import MemoryTransport
+from asyncpipe.transport.unix import UnixTransport
 from asyncpipe.transport.zmq import ZmqTransport
 
-_TRANSPORTS: tuple[Transport, ...] = (MemoryTransport(), ZmqTransport())
+_TRANSPORTS: tuple[Transport, ...] = (MemoryTransport(), UnixTransport(), ZmqTransport())
 
 
 def transport_for(address: str) -> Transport:

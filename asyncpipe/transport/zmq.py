@@ -1,4 +1,4 @@
-"""`inproc://`, `ipc://` and `tcp://` over ZeroMQ: a listener is a ROUTER, each connector a DEALER.
+"""`inproc://` and `tcp://` over ZeroMQ: a listener is a ROUTER, each connector a DEALER.
 
 Every message starts with a five-byte frame, kind and value (`credit.Kind`), followed by the frames of the message. ZeroMQ
 hides that a peer has gone, so links say "I am here" when they have nothing else to say, and one that hears nothing for
@@ -13,24 +13,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Container, Sequence
-from dataclasses import replace
 
 import zmq
 
 from asyncpipe.errors import AsyncPipeError, Busy, Invalid, Refused, Timeout, WireError
 from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport
-from asyncpipe.transport.credit import Kind, offer
+from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.curve import CURVE_BYTES, HANDSHAKE_FAILED, FailedHandshakes, Gate, curve_client, keys_for
 from asyncpipe.transport.refusals import RefusalLog
-from asyncpipe.transport.shm import proof
-from asyncpipe.transport.zmq_address import bind, check_port, remove_socket_file
-from asyncpipe.transport.zmq_link import Heart, ZmqLink, header_kind, only_frame, plain
+from asyncpipe.transport.socket_link import Heart, SocketLink, header_kind, max_on_the_way, offered, only_frame, plain
+from asyncpipe.transport.zmq_address import bind, check_port
 from asyncpipe.transport.zmq_socket import LINGER_MS, LoopSocket, Monitor, RouterSocket, context
 from asyncpipe.wire.handshake import Hello, check_hello, decode_hello, decode_refusal, encode_hello, encode_refusal
 from asyncpipe.wire.tensors import Buffer
 
 MAX_LINKS = 4096  # of one listener
-SPARE_MESSAGES = 256  # room for our own short messages beside a full window in both lanes
 RECONNECT_MS = 50  # while the listener is not there yet; a link that has been up never reconnects
 
 log = logging.getLogger(__name__)
@@ -43,7 +40,7 @@ class ZmqListener(Listener):
         self._hello = _offer(address, hello, options)
         self._on_link = on_link
         self._options = options
-        self._links: dict[bytes, ZmqLink] = {}
+        self._links: dict[bytes, SocketLink] = {}
         self._gate: Gate | None = None
         socket = _make_socket(zmq.ROUTER, options, address)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -67,7 +64,6 @@ class ZmqListener(Listener):
             await link.close()
         self._close_gate()
         self._socket.close()
-        remove_socket_file(self.address)
 
     def _close_gate(self) -> None:
         if self._gate is not None:
@@ -121,7 +117,7 @@ class ZmqListener(Listener):
         except AsyncPipeError as error:
             log.info("a peer at %s left during its handshake: %s", self.address, error)
             return
-        link = self._links[identity] = ZmqLink(
+        link = self._links[identity] = SocketLink(
             local=self._hello,
             remote=remote,
             options=self._options,
@@ -151,9 +147,9 @@ class _Connector:
         self._address = address
         self._hello = _offer(address, hello, options)
         self._options = options
-        self._link: ZmqLink | None = None
+        self._link: SocketLink | None = None
         self._heart: Heart | None = None
-        self._answer: asyncio.Future[ZmqLink] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[SocketLink] = asyncio.get_running_loop().create_future()
         self._is_heard = False  # by somebody who speaks ZeroMQ and has not answered yet
         check_port(address)
         self._client = curve_client(address, options)
@@ -172,7 +168,7 @@ class _Connector:
             raise Invalid(f"cannot connect to {address}: {error.strerror}") from None
         self._socket = LoopSocket(socket, self._on_message)
 
-    async def handshake(self) -> ZmqLink:
+    async def handshake(self) -> SocketLink:
         """Raises Timeout, Refused, WireError; then nothing is left open."""
         try:
             self._say_hello()
@@ -206,13 +202,13 @@ class _Connector:
             except AsyncPipeError as error:
                 self._answer.set_exception(error)
 
-    def _welcomed(self, parts: list[Buffer]) -> ZmqLink:
+    def _welcomed(self, parts: list[Buffer]) -> SocketLink:
         kind = header_kind(parts[0])
         if kind == Kind.REFUSE:
             raise Refused(f"{self._address} refused: {decode_refusal(bytes(only_frame(parts[1:])))}")
         if kind != Kind.WELCOME:
             raise WireError(f"{self._address} does not speak this protocol")
-        self._link = link = ZmqLink(
+        self._link = link = SocketLink(
             local=self._hello,
             remote=decode_hello(bytes(only_frame(parts[1:]))),
             options=self._options,
@@ -244,28 +240,26 @@ class _Connector:
 
 
 class ZmqTransport(Transport):
-    """`inproc`, `ipc` and `tcp`."""
+    """`inproc` and `tcp`."""
 
-    schemes = frozenset({"inproc", "ipc", "tcp"})
+    schemes = frozenset({"inproc", "tcp"})
 
     async def listen(self, address: str, *, hello: Hello, on_link: AcceptHandler, options: LinkOptions) -> Listener:
         return ZmqListener(address, hello=hello, on_link=on_link, options=options)
 
-    async def connect(self, address: str, *, hello: Hello, options: LinkOptions) -> ZmqLink:
+    async def connect(self, address: str, *, hello: Hello, options: LinkOptions) -> SocketLink:
         return await _Connector(address, hello=hello, options=options).handshake()
 
 
 def _offer(address: str, hello: Hello, options: LinkOptions) -> Hello:
     """Within one process, ZeroMQ hands frames over by reference already."""
-    shares_memory = options.shared_memory and not address.startswith("inproc://")
-    return replace(offer(hello, options), shm=proof() if shares_memory else "")
+    return offered(hello, options, shares_memory=not address.startswith("inproc://"))
 
 
 def _make_socket(kind: int, options: LinkOptions, address: str) -> zmq.Socket[bytes]:
     socket = context().socket(kind)
-    high_water_mark = options.window + options.control_window + SPARE_MESSAGES
-    socket.setsockopt(zmq.SNDHWM, high_water_mark)
-    socket.setsockopt(zmq.RCVHWM, high_water_mark)
+    socket.setsockopt(zmq.SNDHWM, max_on_the_way(options))
+    socket.setsockopt(zmq.RCVHWM, max_on_the_way(options))
     socket.setsockopt(zmq.MAXMSGSIZE, options.max_frame_bytes + (CURVE_BYTES if keys_for(address, options) else 0))
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)

@@ -42,6 +42,7 @@ CASES = {
     "memory": Case(lambda: f"memory://{free_name()}"),
     "inproc": Case(lambda: f"inproc://{free_name()}"),
     "ipc": Case(lambda: f"ipc://@{free_name()}"),
+    "ipc-inline": Case(lambda: f"ipc://@{free_name()}", replace(OPTIONS, shared_memory=False)),
     "tcp": Case(lambda: "tcp://127.0.0.1:0"),
     "tcp-inline": Case(lambda: "tcp://127.0.0.1:0", replace(OPTIONS, shared_memory=False)),
     "tcp-curve": Case(lambda: "tcp://127.0.0.1:0", replace(OPTIONS, shared_memory=False, keys=KEYS)),
@@ -394,6 +395,6 @@ def test_statistics_count_what_was_sent_and_received(case: Case) -> None:
 
 @pytest.mark.parametrize("address", ["", "memory://", "http://127.0.0.1:80", "127.0.0.1:5550", "tcp:/x"])
 def test_an_address_without_a_known_scheme_is_a_mistake_that_names_the_schemes(address: str) -> None:
-    with pytest.raises(Invalid, match=r"is not an address; write one of memory://, inproc://, ipc://, tcp://") as caught:
+    with pytest.raises(Invalid, match=r"is not an address; write one of memory://, ipc://, inproc://, tcp://") as caught:
         transport_for(address)
     assert "\n" not in str(caught.value)

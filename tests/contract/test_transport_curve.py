@@ -47,7 +47,7 @@ from tests.contract.transport_peers import (
     CLIENT,
     HEADER,
     Recorder,
-    Stranger,
+    ZmqStranger,
     connect,
     free_name,
     joined,
@@ -154,7 +154,7 @@ async def without_a_key(address: str) -> None:
 
 
 async def as_a_plain_socket(address: str) -> None:
-    with Stranger(address) as stranger:
+    with ZmqStranger(address) as stranger:
         stranger.say_hello()
         with pytest.raises(TimeoutError):
             await stranger.hear(Kind.WELCOME, timeout_s=0.2)
@@ -257,11 +257,11 @@ def test_a_refusal_that_comes_before_hello_is_sent_is_said_as_well(monkeypatch: 
 def test_nobody_goes_on_with_the_link_of_another_key(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with guarded() as (address, links):
-            with Stranger(address, routing_id=b"chosen", options=options_of(WORKER)) as worker:
+            with ZmqStranger(address, routing_id=b"chosen", options=options_of(WORKER)) as worker:
                 worker.say_hello()
                 await worker.hear(Kind.WELCOME)
             links[0].start(receiver := Recorder())
-            with Stranger(address, routing_id=b"chosen", options=options_of(CLIENT_PAIR)) as client:
+            with ZmqStranger(address, routing_id=b"chosen", options=options_of(CLIENT_PAIR)) as client:
                 client.say(HEADER.pack(Kind.CONTROL, 0), b"believe me")
                 await until(lambda: warnings_in(caplog))
             assert receiver.deliveries == []

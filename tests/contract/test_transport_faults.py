@@ -1,11 +1,13 @@
-"""Peers that die, hang, lie or shout, over ZeroMQ."""
+"""Peers that die, hang, lie or shout, over ZeroMQ and over Unix-domain sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +17,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from asyncpipe.errors import Broken, Invalid, WireError
+from asyncpipe.errors import Broken, Invalid, Timeout, WireError
+from asyncpipe.transport import unix
 from asyncpipe.transport.base import Link, LinkOptions
 from asyncpipe.transport.credit import Kind
 from asyncpipe.wire.handshake import decode_hello, decode_refusal, encode_hello
@@ -24,17 +27,25 @@ from tests.contract.transport_peers import (
     HEADER,
     OPTIONS,
     Recorder,
-    Stranger,
+    UnixStranger,
     connect,
     free_name,
     joined,
     listen,
     listen_when_free,
+    stranger_at,
 )
 from tests.support import run, until
 
 SILENT_AFTER_S = 0.6
 FAULT_OPTIONS = replace(OPTIONS, heartbeat_s=0.1, silence_s=SILENT_AFTER_S, handshake_s=20)
+
+schemes = pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+
+
+def address_of(scheme: str) -> str:
+    return f"ipc://@{free_name()}" if scheme == "ipc" else "tcp://127.0.0.1:0"
+
 
 # --- death and silence ------------------------------------------------------------------------------------------------
 
@@ -90,13 +101,12 @@ async def link_to_child(role: str, address: str) -> AsyncIterator[tuple[Link, as
             await link.close()
 
 
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@schemes
 @pytest.mark.parametrize("role", ["connect", "listen"])
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_stopped_peer_is_broken_in_time(scheme: str, role: str, death: signal.Signals) -> None:
     async def scenario() -> None:
-        address = f"ipc://@{free_name()}" if scheme == "ipc" else "tcp://127.0.0.1:0"
-        async with link_to_child(role, address) as (link, process):
+        async with link_to_child(role, address_of(scheme)) as (link, process):
             link.start(receiver := Recorder())
             await link.send([b"hello"], timeout_s=1)
             await asyncio.sleep(0.25)
@@ -109,9 +119,12 @@ def test_a_killed_or_stopped_peer_is_broken_in_time(scheme: str, role: str, deat
     run(scenario(), timeout_s=40)
 
 
-def test_a_killed_listener_is_noticed_at_once() -> None:
+@pytest.mark.parametrize(("scheme", "role"), [("ipc", "listen"), ("ipc", "connect"), ("tcp", "listen")])
+def test_a_killed_peer_is_noticed_at_once(scheme: str, role: str) -> None:
+    """Not by who listens over ZeroMQ, which does not tell."""
+
     async def scenario() -> None:
-        async with link_to_child("listen", f"ipc://@{free_name()}") as (link, process):
+        async with link_to_child(role, address_of(scheme)) as (link, process):
             link.start(receiver := Recorder())
             process.kill()
             killed_at_s = time.monotonic()
@@ -121,10 +134,11 @@ def test_a_killed_listener_is_noticed_at_once() -> None:
     run(scenario(), timeout_s=40)
 
 
-def test_a_loop_that_was_away_itself_does_not_blame_its_peers() -> None:
+@schemes
+def test_a_loop_that_was_away_itself_does_not_blame_its_peers(scheme: str) -> None:
     async def scenario() -> None:
         options = replace(OPTIONS, heartbeat_s=0.05, silence_s=0.3)
-        async with joined(f"ipc://@{free_name()}", options=options) as pair:
+        async with joined(address_of(scheme), options=options) as pair:
             time.sleep(0.6)  # noqa: ASYNC251 - blocking the loop is the point
             await asyncio.sleep(0.3)
             assert pair.ours.is_open and pair.theirs.is_open
@@ -132,19 +146,21 @@ def test_a_loop_that_was_away_itself_does_not_blame_its_peers() -> None:
     run(scenario())
 
 
-def test_idle_links_stay_up() -> None:
+@schemes
+def test_idle_links_stay_up(scheme: str) -> None:
     async def scenario() -> None:
         options = replace(OPTIONS, heartbeat_s=0.05, silence_s=0.2)
-        async with joined("tcp://127.0.0.1:0", options=options) as pair:
+        async with joined(address_of(scheme), options=options) as pair:
             await asyncio.sleep(0.8)
             assert pair.ours.is_open and pair.theirs.is_open
 
     run(scenario())
 
 
-def test_closing_while_the_peer_closes_never_hangs() -> None:
+@schemes
+def test_closing_while_the_peer_closes_never_hangs(scheme: str) -> None:
     async def scenario() -> None:
-        listener, accepted = await listen(f"ipc://@{free_name()}")
+        listener, accepted = await listen(address_of(scheme))
         for _ in range(200):
             link = await connect(listener.address)
             await until(lambda: accepted)
@@ -154,14 +170,35 @@ def test_closing_while_the_peer_closes_never_hangs() -> None:
     run(scenario())
 
 
-def test_closing_while_the_listener_goes_away_never_hangs() -> None:
+@schemes
+def test_closing_while_the_listener_goes_away_never_hangs(scheme: str) -> None:
     async def scenario() -> None:
         for _ in range(30):
-            listener, _ = await listen(f"ipc://@{free_name()}")
+            listener, _ = await listen(address_of(scheme))
             link = await connect(listener.address)
             await listener.close()
             time.sleep(0.001)  # noqa: ASYNC251 - so that ZeroMQ's thread closes first
             await link.close()
+
+    run(scenario())
+
+
+def test_a_socket_that_closes_without_an_answer_may_have_a_successor() -> None:
+    async def scenario() -> None:
+        name = free_name()
+        with socket.socket(socket.AF_UNIX) as before:
+            before.bind(f"\0{name}")
+            before.listen()
+            before.setblocking(False)
+            connecting = asyncio.create_task(connect(f"ipc://@{name}"))
+            greeted, _ = await asyncio.get_running_loop().sock_accept(before)
+            assert await asyncio.get_running_loop().sock_recv(greeted, 1)
+            greeted.close()
+        listener, accepted = await listen(f"ipc://@{name}")
+        link = await connecting
+        assert len(accepted) == 1
+        await link.close()
+        await listener.close()
 
     run(scenario())
 
@@ -188,9 +225,9 @@ def test_a_listener_that_closes_without_an_answer_may_have_a_successor() -> None
 
 
 @contextlib.asynccontextmanager
-async def beside_an_honest_link(options: LinkOptions = FAULT_OPTIONS) -> AsyncIterator[tuple[str, list[Link]]]:
+async def beside_an_honest_link(scheme: str, options: LinkOptions = FAULT_OPTIONS) -> AsyncIterator[tuple[str, list[Link]]]:
     """A listener's address and links; at the end, the honest link that was there all the time must still work."""
-    async with joined(f"ipc://@{free_name()}", options=options) as pair:
+    async with joined(address_of(scheme), options=options) as pair:
         accepted: list[Link] = []
         pair.listener._on_link = accepted.append  # type: ignore[attr-defined]
         yield pair.listener.address, accepted
@@ -202,6 +239,7 @@ async def beside_an_honest_link(options: LinkOptions = FAULT_OPTIONS) -> AsyncIt
 HELLO_HEADER = HEADER.pack(Kind.HELLO, 0)
 
 
+@schemes
 @pytest.mark.parametrize(
     "frames",
     [
@@ -220,19 +258,21 @@ HELLO_HEADER = HEADER.pack(Kind.HELLO, 0)
         [b"x" * 200_000, b"y" * 200_000],
     ],
 )
-def test_garbage_before_hello_is_refused_and_harms_nobody(frames: list[bytes]) -> None:
+def test_garbage_before_hello_is_refused_and_harms_nobody(scheme: str, frames: list[bytes]) -> None:
     async def scenario() -> None:
-        async with beside_an_honest_link() as (address, accepted):
-            with Stranger(address) as stranger:
+        async with beside_an_honest_link(scheme) as (address, accepted):
+            with stranger_at(address) as stranger:
                 stranger.say(*frames)
                 assert decode_refusal((await stranger.hear(Kind.REFUSE))[0])
                 assert accepted == []
+            with stranger_at(address) as stranger:
                 stranger.say_hello()
                 assert decode_hello((await stranger.hear(Kind.WELCOME))[0]).node == "node-s"
 
     run(scenario())
 
 
+@schemes
 @pytest.mark.parametrize(
     ("frames", "complaint"),
     [
@@ -251,11 +291,11 @@ def test_garbage_before_hello_is_refused_and_harms_nobody(frames: list[bytes]) -
     ],
 )
 def test_garbage_after_hello_ends_that_link_only_and_is_logged_once(
-    frames: list[bytes], complaint: str, caplog: pytest.LogCaptureFixture
+    scheme: str, frames: list[bytes], complaint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        async with beside_an_honest_link() as (address, accepted):
-            with Stranger(address) as stranger:
+        async with beside_an_honest_link(scheme) as (address, accepted):
+            with stranger_at(address) as stranger:
                 stranger.say_hello()
                 await stranger.hear(Kind.WELCOME)
                 accepted[0].start(receiver := Recorder())
@@ -264,17 +304,21 @@ def test_garbage_after_hello_ends_that_link_only_and_is_logged_once(
                 assert isinstance(error, WireError) and complaint in str(error)
                 assert complaint in decode_refusal((await stranger.hear(Kind.REFUSE))[0])
                 stranger.say(HEADER.pack(Kind.DATA, 0), b"it goes on talking")
-                await stranger.hear(Kind.REFUSE)
+                if isinstance(stranger, UnixStranger):
+                    await until(lambda: stranger.heard() == [] and stranger.is_cut_off)
+                else:
+                    await stranger.hear(Kind.REFUSE)
 
     with caplog.at_level(logging.WARNING):
         run(scenario())
     assert [complaint in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_a_peer_that_ignores_its_credits_loses_its_link() -> None:
+@schemes
+def test_a_peer_that_ignores_its_credits_loses_its_link(scheme: str) -> None:
     async def scenario() -> None:
-        async with beside_an_honest_link() as (address, accepted):
-            with Stranger(address) as stranger:
+        async with beside_an_honest_link(scheme) as (address, accepted):
+            with stranger_at(address) as stranger:
                 stranger.say_hello()
                 await stranger.hear(Kind.WELCOME)
                 accepted[0].start(receiver := Recorder(holds=True))
@@ -287,11 +331,12 @@ def test_a_peer_that_ignores_its_credits_loses_its_link() -> None:
     run(scenario())
 
 
-def test_a_flood_before_start_ends_the_link_instead_of_filling_memory() -> None:
+@schemes
+def test_a_flood_before_start_ends_the_link_instead_of_filling_memory(scheme: str) -> None:
     async def scenario() -> None:
         options = replace(FAULT_OPTIONS, control_window=10)
-        async with beside_an_honest_link(options) as (address, accepted):
-            with Stranger(address) as stranger:
+        async with beside_an_honest_link(scheme, options) as (address, accepted):
+            with stranger_at(address) as stranger:
                 stranger.say_hello()
                 await stranger.hear(Kind.WELCOME)
                 for _ in range(100):
@@ -302,22 +347,24 @@ def test_a_flood_before_start_ends_the_link_instead_of_filling_memory() -> None:
     run(scenario())
 
 
-def test_a_frame_beyond_the_limit_cuts_its_sender_off_and_nobody_else() -> None:
+@schemes
+def test_a_frame_beyond_the_limit_cuts_its_sender_off_and_nobody_else(scheme: str) -> None:
     async def scenario() -> None:
         options = replace(FAULT_OPTIONS, max_frame_bytes=10_000)
-        async with beside_an_honest_link(options) as (address, accepted):
-            with Stranger(address) as stranger:
+        async with beside_an_honest_link(scheme, options) as (address, accepted):
+            with stranger_at(address) as stranger:
                 stranger.say_hello()
                 await stranger.hear(Kind.WELCOME)
                 accepted[0].start(receiver := Recorder())
                 stranger.say(HEADER.pack(Kind.DATA, 0), b"x" * 10_001)
-                assert isinstance(await asyncio.wait_for(receiver.lost, 5), Broken)
+                assert isinstance(await asyncio.wait_for(receiver.lost, 5), Broken | WireError)
                 assert receiver.deliveries == []
 
     run(scenario())
 
 
-def test_a_receiver_with_a_bug_does_not_stop_the_messages_of_others() -> None:
+@schemes
+def test_a_receiver_with_a_bug_does_not_stop_the_messages_of_others(scheme: str) -> None:
     class Faulty(Recorder):
         def on_delivery(self, *_: object) -> None:
             raise RuntimeError("a bug")
@@ -325,7 +372,7 @@ def test_a_receiver_with_a_bug_does_not_stop_the_messages_of_others() -> None:
     async def scenario() -> None:
         reported: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
-        async with beside_an_honest_link() as (address, accepted):
+        async with beside_an_honest_link(scheme) as (address, accepted):
             faulty = await connect(address, hello=replace(CLIENT, node="node-f"), options=FAULT_OPTIONS)  # type: ignore[arg-type]
             await until(lambda: accepted)
             accepted[0].start(Faulty())
@@ -336,6 +383,92 @@ def test_a_receiver_with_a_bug_does_not_stop_the_messages_of_others() -> None:
             await faulty.close()
 
     run(scenario())
+
+
+# --- strangers on a socket of this machine ---
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\0" * 64, HEADER.pack(Kind.HELLO, 0) * 20])
+def test_bytes_that_are_no_messages_are_refused_and_cut_off(garbage: bytes) -> None:
+    async def scenario() -> None:
+        async with beside_an_honest_link("ipc") as (address, accepted):
+            with UnixStranger(address) as stranger:
+                stranger.say_bytes(garbage)
+                assert "frame" in decode_refusal((await stranger.hear(Kind.REFUSE))[0])
+                await until(lambda: stranger.heard() == [] and stranger.is_cut_off)
+            assert accepted == []
+
+    run(scenario())
+
+
+def test_bytes_that_are_no_messages_end_a_link_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with beside_an_honest_link("ipc") as (address, accepted):
+            with UnixStranger(address) as stranger:
+                stranger.say_hello()
+                await stranger.hear(Kind.WELCOME)
+                accepted[0].start(receiver := Recorder())
+                stranger.say(HEADER.pack(Kind.DATA, 0), b"before")
+                stranger.say_bytes(b"\xff" * 64)
+                error = await asyncio.wait_for(receiver.lost, 5)
+                assert isinstance(error, WireError) and "worker node-c sent a message of 4294967295 frames" in str(error)
+                assert receiver.bodies() == [[b"before"]]
+                assert "4294967295" in decode_refusal((await stranger.hear(Kind.REFUSE))[0])
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+    assert ["4294967295" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("beginning", [b"", b"\x02\0", HEADER.pack(Kind.HELLO, 0)[:3]])
+def test_who_says_no_hello_is_cut_off_in_time(beginning: bytes) -> None:
+    async def scenario() -> None:
+        async with beside_an_honest_link("ipc", replace(FAULT_OPTIONS, handshake_s=0.5)) as (address, accepted):
+            with UnixStranger(address) as stranger:
+                stranger.say_bytes(beginning)
+                await asyncio.sleep(0.2)
+                assert stranger.heard() == [] and not stranger.is_cut_off
+                assert "no Hello within 0.5 s" in decode_refusal((await stranger.hear(Kind.REFUSE))[0])
+                await until(lambda: stranger.heard() == [] and stranger.is_cut_off)
+            assert accepted == []
+
+    run(scenario())
+
+
+def test_no_more_connections_are_held_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unix, "MAX_CONNECTIONS", 2)  # the honest link is one of them
+
+    async def scenario() -> None:
+        async with beside_an_honest_link("ipc") as (address, _):
+            with UnixStranger(address) as first:
+                first.say_hello()
+                await first.hear(Kind.WELCOME)
+                with UnixStranger(address) as second:
+                    await until(lambda: second.heard() == [] and second.is_cut_off)
+            with contextlib.suppress(Timeout):
+                while True:  # until it is noticed that the first has left
+                    async with asyncio.timeout(5):
+                        await (await connect(address, options=FAULT_OPTIONS)).close()
+                    break
+
+    run(scenario())
+
+
+def test_a_listener_without_descriptors_accepts_when_there_are_some(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with beside_an_honest_link("ipc") as (address, _):
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with UnixStranger(address) as stranger:
+                stranger.say_hello()
+                try:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (stranger.fileno(), hard))
+                    await until(lambda: caplog.records)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                await stranger.hear(Kind.WELCOME)
+
+    run(scenario())
+    assert "cannot accept a peer" in caplog.text
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------
@@ -349,7 +482,9 @@ def test_only_loopback_may_be_bound_without_keys(address: str) -> None:
         run(listen(address))
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1", "tcp://127.0.0.1:99999", "ipc:///no/such/directory/x"])
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1", "tcp://127.0.0.1:99999", "ipc:///no/such/directory/x", f"ipc:///tmp/{'x' * 200}"]
+)
 def test_an_address_that_cannot_be_bound_is_one_clear_line(address: str) -> None:
     with pytest.raises(Invalid) as caught:
         run(listen(address))
@@ -376,6 +511,11 @@ def test_a_socket_file_is_removed_and_strangers_files_are_not_touched(tmp_path: 
         await (await connect(listener.address)).close()
         await listener.close()
         assert not path.exists()
+        with socket.socket(socket.AF_UNIX) as killed:  # whose file nobody has removed
+            killed.bind(str(path))
+        listener, _ = await listen(f"ipc://{path}")
+        await (await connect(listener.address)).close()
+        await listener.close()
         path.write_text("precious")
         with pytest.raises(Invalid, match="exists and is not a socket"):
             await listen(f"ipc://{path}")

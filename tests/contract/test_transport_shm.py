@@ -18,7 +18,7 @@ from asyncpipe.errors import Broken, WireError
 from asyncpipe.transport import shm
 from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.shm import ENTRY, PAGE_BYTES, Arena, FreeList, PeerMemory, proof, verified_pid
-from tests.contract.transport_peers import CLIENT, HEADER, OPTIONS, Recorder, Stranger, free_name, joined, listen
+from tests.contract.transport_peers import CLIENT, HEADER, OPTIONS, Recorder, free_name, joined, listen, stranger_at
 from tests.support import run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create is Linux's")
@@ -162,7 +162,7 @@ def test_a_table_that_lies_ends_its_link(table: bytes, complaint: str) -> None:
     async def scenario() -> None:
         fd = shared_memory_of(PAGE_BYTES)
         listener, accepted = await listen(f"ipc://@{free_name()}")
-        with Stranger(listener.address) as stranger:
+        with stranger_at(listener.address) as stranger:
             stranger.say_hello(replace(CLIENT, shm=proof()))
             await stranger.hear(Kind.SHARED)
             accepted[0].start(receiver := Recorder())
@@ -183,7 +183,7 @@ def test_a_table_that_lies_ends_its_link(table: bytes, complaint: str) -> None:
 def test_answers_to_what_was_not_asked_end_the_link(kind: Kind) -> None:
     async def scenario() -> None:
         listener, accepted = await listen(f"ipc://@{free_name()}")
-        with Stranger(listener.address) as stranger:
+        with stranger_at(listener.address) as stranger:
             stranger.say_hello()
             await stranger.hear(Kind.WELCOME)
             accepted[0].start(receiver := Recorder())

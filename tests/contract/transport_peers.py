@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import gc
 import os
 import secrets
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import zmq
 
@@ -116,8 +119,42 @@ def free_name() -> str:
     return f"asyncpipe-test-{secrets.token_hex(6)}"
 
 
-class Stranger:
-    """A raw DEALER that says whatever it likes, with the keys in `options` if there are any."""
+class Stranger(abc.ABC):
+    """Says whatever it likes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+    @abc.abstractmethod
+    def say(self, *frames: bytes) -> None: ...
+
+    @abc.abstractmethod
+    def heard(self) -> list[list[bytes]]:
+        """What has arrived since it was asked last."""
+
+    def say_hello(self, hello: Hello = CLIENT) -> None:
+        self.say(HEADER.pack(Kind.HELLO, 0), encode_hello(hello))
+
+    async def hear(self, kind: Kind, *, timeout_s: float = 5.0) -> Sequence[bytes]:
+        """The frames after the header of the next message of this kind."""
+        heard: list[list[bytes]] = []
+
+        def arrived() -> bool:
+            heard.extend(self.heard())
+            return any(message[0][0] == kind for message in heard)
+
+        await until(arrived, timeout_s=timeout_s)
+        return next(message[1:] for message in heard if message[0][0] == kind)
+
+
+class ZmqStranger(Stranger):
+    """A raw DEALER, with the keys in `options` if there are any."""
 
     def __init__(self, address: str, *, routing_id: bytes = b"", options: LinkOptions = OPTIONS) -> None:
         self._context = zmq.Context()
@@ -129,27 +166,71 @@ class Stranger:
             client.prepare(self._socket)
         self._socket.connect(address)
 
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._socket.close()
         self._context.term()
 
     def say(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
 
-    def say_hello(self, hello: Hello = CLIENT) -> None:
-        self.say(HEADER.pack(Kind.HELLO, 0), encode_hello(hello))
+    def heard(self) -> list[list[bytes]]:
+        messages = []
+        while self._socket.poll(0):
+            messages.append(self._socket.recv_multipart())
+        return messages
 
-    async def hear(self, kind: Kind, *, timeout_s: float = 5.0) -> Sequence[bytes]:
-        """The frames after the header of the next message of this kind."""
-        heard: list[list[bytes]] = []
 
-        def arrived() -> bool:
-            while self._socket.poll(0):
-                heard.append(self._socket.recv_multipart())
-            return any(message[0][0] == kind for message in heard)
+class UnixStranger(Stranger):
+    """A raw stream socket. The format of messages is said again on purpose: the tests pin it."""
 
-        await until(arrived, timeout_s=timeout_s)
-        return next(message[1:] for message in heard if message[0][0] == kind)
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect("\0" + address.removeprefix("ipc://@"))
+        self._socket.setblocking(False)
+        self._arrived = self._unsaid = b""
+        self.is_cut_off = False
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def say(self, *frames: bytes) -> None:
+        self.say_bytes(struct.pack(f"<I{len(frames)}Q", len(frames), *map(len, frames)) + b"".join(frames))
+
+    def say_bytes(self, data: bytes) -> None:
+        """What the kernel has no room for is said while we listen."""
+        self._unsaid += data
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self._unsaid:
+                self._unsaid = self._unsaid[self._socket.send(self._unsaid) :]
+
+    def heard(self) -> list[list[bytes]]:
+        self.say_bytes(b"")
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while data := self._socket.recv(65_536):
+                self._arrived += data
+            self.is_cut_off = True
+        messages = []
+        while (message := self._take()) is not None:
+            messages.append(message)
+        return messages
+
+    def _take(self) -> list[bytes] | None:
+        if len(self._arrived) < 4:
+            return None
+        (count,) = struct.unpack_from("<I", self._arrived)
+        sizes = struct.unpack_from(f"<{count}Q", self._arrived, 4)
+        frames, at = [], 4 + 8 * count
+        if len(self._arrived) < at + sum(sizes):
+            return None
+        for size in sizes:
+            frames.append(self._arrived[at : at + size])
+            at += size
+        self._arrived = self._arrived[at:]
+        return frames
+
+
+def stranger_at(address: str) -> Stranger:
+    return UnixStranger(address) if address.startswith("ipc://") else ZmqStranger(address)

@@ -1,4 +1,4 @@
-"""One peer over somebody's ZeroMQ socket, and the heartbeat by which a silent one is noticed."""
+"""One peer over somebody's socket, and the heartbeat by which a silent one is noticed."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import contextlib
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from asyncpipe.errors import AsyncPipeError, Broken, WireError
 from asyncpipe.transport.base import LinkOptions
-from asyncpipe.transport.credit import CreditedLink, Kind
-from asyncpipe.transport.shm import Arena, PeerMemory, Placed, verified_pid
+from asyncpipe.transport.credit import CreditedLink, Kind, offer
+from asyncpipe.transport.shm import Arena, PeerMemory, Placed, proof, verified_pid
 from asyncpipe.wire.handshake import Hello
 from asyncpipe.wire.tensors import Buffer
 
 HEADER = struct.Struct("<BI")
+SPARE_MESSAGES = 256  # room for our own short messages beside a full window in both lanes
 
 Out = Callable[[list[Buffer]], None]
 
 
-class ZmqLink(CreditedLink):
+class SocketLink(CreditedLink):
     """A link over somebody's socket: `out` sends to the peer, `forget` is called at the end."""
 
     def __init__(
@@ -58,9 +60,12 @@ class ZmqLink(CreditedLink):
         kind, value = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0)
         self._arrived(kind, value, frames)
 
-    def on_disconnected(self) -> None:
-        """The peer's connection ended, and all that came over it has been handed over."""
-        self._finish(Broken(f"{self._peer} is gone: its connection ended"))
+    def on_disconnected(self, error: WireError | None = None) -> None:
+        """The peer's connection ended, and all that came over it has been handed over; `error`: what cannot be understood."""
+        if error is not None:
+            self._refuse(WireError(f"{self._peer} sent {error}"))
+        else:
+            self._finish(Broken(f"{self._peer} is gone: its connection ended"))
 
     def beat(self, now_s: float, *, forgive: bool) -> None:
         """Called every `heartbeat_s`. `forgive`: this loop itself was away, so the peer's silence says nothing."""
@@ -158,7 +163,7 @@ _PLAIN_KIND_OF: dict[int, Kind] = {shared: plain for plain, shared in _SHARED_KI
 class Heart:
     """Beats for all links of a socket."""
 
-    def __init__(self, links: Callable[[], Iterable[ZmqLink]], *, period_s: float) -> None:
+    def __init__(self, links: Callable[[], Iterable[SocketLink]], *, period_s: float) -> None:
         self._links = links
         self._period_s = period_s
         self._loop = asyncio.get_running_loop()
@@ -178,6 +183,16 @@ class Heart:
         if not self._is_stopped:  # by the end of its last link
             self._due_s = now_s + self._period_s
             self._timer = self._loop.call_later(self._period_s, self._beat)
+
+
+def offered(hello: Hello, options: LinkOptions, *, shares_memory: bool = True) -> Hello:
+    """What this end says of itself."""
+    return replace(offer(hello, options), shm=proof() if shares_memory and options.shared_memory else "")
+
+
+def max_on_the_way(options: LinkOptions) -> int:
+    """Messages to one peer that its socket holds."""
+    return options.window + options.control_window + SPARE_MESSAGES
 
 
 def header_kind(header: Buffer) -> int:

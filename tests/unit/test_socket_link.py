@@ -8,7 +8,7 @@ from asyncpipe.errors import AsyncPipeError, Broken
 from asyncpipe.ids import NodeId
 from asyncpipe.transport.base import Delivery, Lane, Link, LinkOptions
 from asyncpipe.transport.credit import Kind
-from asyncpipe.transport.zmq_link import HEADER, ZmqLink
+from asyncpipe.transport.socket_link import HEADER, SocketLink
 from asyncpipe.wire.handshake import Hello
 from asyncpipe.wire.tensors import Buffer
 from tests.support import run, until
@@ -38,7 +38,7 @@ def test_what_a_peer_said_before_it_left_is_delivered_though_it_cannot_be_answer
                 kind, frames = unread.pop(0)
                 link.on_message(HEADER.pack(kind, 0), frames)
 
-        link = ZmqLink(
+        link = SocketLink(
             local=Hello(NodeId("here"), "actor"),
             remote=Hello(NodeId("there"), "actor"),
             options=LinkOptions(),
