@@ -38,7 +38,8 @@ class Answer:
 class FakeStages:
     """`take` each step in the order of issue; it raises AssertionError for a delta that a stage could not apply.
 
-    Of several steps at once all are computed when they are taken, as early as real stages might, and are answered one by one.
+    Of several steps at once all are computed when they are taken, as early as real stages might. They are answered one by one,
+    or together if one stage computes them, or they are gathered.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class FakeStages:
         assert self.num_blocks_used <= self._num_blocks, "out of KV memory"
         self.num_at_once += delta.num_steps > 1
         sampled = self._sampled([self.sequences[number] for number in members], delta.num_steps)
-        if self._num_stages == 1:
+        if self._num_stages == 1 or step.is_gathered:
             sampled = [tuple(token_id for tokens in sampled for token_id in tokens)]
         answers = (Answer(step.epoch, step.step + number, tokens) for number, tokens in enumerate(sampled))
         self.in_flight[step.micro_batch] = deque(answers)

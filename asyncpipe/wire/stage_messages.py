@@ -98,7 +98,8 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     compute one step of one micro-batch.
 
     `hidden` is (T, D): T counts the step's rows. Over a link beside the messages it is `posted`. `timings` has one entry a
-    stage that the step has passed. While a step `is_alone` in the pipeline, all stages but one rest.
+    stage that the step has passed. While a step `is_alone` in the pipeline, all stages but one rest. If it `is_gathered`, its
+    tokens come with those of the steps that follow it by themselves, after the last of them.
     """
 
     epoch: Count
@@ -109,6 +110,7 @@ class Step(Message, frozen=True, kw_only=True, omit_defaults=True):
     hidden: Tensor | None = None
     posted: Posted | None = None
     is_alone: bool = False
+    is_gathered: bool = False
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -120,7 +122,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 class Tokens(Message, frozen=True, kw_only=True, omit_defaults=True):
     """last stage -> coordinator, once per `Step`: the sampled token of each member, in micro-batch order. A stage that is the
-    whole pipeline answers all of `num_steps` at once: all of the first one's, then all of the second's, and so on.
+    whole pipeline answers all of `num_steps` at once: all of the first one's, then all of the second's, and so on; so does a
+    ring where the steps are gathered, with the sums of their timings.
 
     `logprobs` is empty when no member asked for them, else as long as `token_ids`.
     """

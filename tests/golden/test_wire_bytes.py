@@ -460,6 +460,10 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"token_ids": [8, 50_000]}, "is_alone": True},
     ),
     (
+        m.Step(epoch=1, micro_batch=2, step=3, delta=m.Delta(token_ids=(8,), num_steps=4), is_gathered=True),
+        {"epoch": 1, "micro_batch": 2, "step": 3, "delta": {"token_ids": [8], "num_steps": 4}, "is_gathered": True},
+    ),
+    (
         m.Step(epoch=1, micro_batch=2, step=3, delta=DELTA, timings=(TIMING,), hidden=HIDDEN),
         {
             "epoch": 1,

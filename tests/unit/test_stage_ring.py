@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from asyncpipe.actors import Actor, ActorRef, ActorSystem
@@ -66,13 +67,14 @@ class Pipeline:
     async def connect(self, stage: int, address: str) -> Ready:
         return await self.stages[stage].ask(ConnectNext(epoch=1, address=address), timeout=10.0)
 
-    async def begin(self, *, num_steps: int, is_alone: bool = False) -> None:
-        """A prompt's step, and when its token is there the one that several begin with, which may be alone."""
+    async def begin(self, *, num_steps: int, is_alone: bool = False, is_gathered: bool = False) -> None:
+        """A prompt's step, and when its token is there the one that several begin with, which may be alone or gathered."""
         opened = Delta(opened=(Opened(0, PROMPT, len(PROMPT)),), chunks=(Chunk(0, len(PROMPT)),))
         await self.stages[0].tell(Step(epoch=1, micro_batch=0, step=0, delta=opened))
         await until(lambda: len(self.coordinator.tokens) == 1)
         going_on = Delta(token_ids=self.coordinator.tokens[0].token_ids, num_steps=num_steps)
-        await self.stages[0].tell(Step(epoch=1, micro_batch=0, step=1, delta=going_on, is_alone=is_alone))
+        begins = Step(epoch=1, micro_batch=0, step=1, delta=going_on, is_alone=is_alone, is_gathered=is_gathered)
+        await self.stages[0].tell(begins)
 
 
 def plan(stage: int, num_stages: int) -> LoadStage:
@@ -129,6 +131,49 @@ def test_the_steps_of_several_at_once_go_round_and_their_tokens_come_one_by_one(
             await asyncio.sleep(0.02)
             assert len(tokens) == 7, "after the last of them the coordinator is asked"
             assert not pipeline.coordinator.failures
+
+    run(scenario(), timeout_s=30)
+
+
+def test_the_tokens_of_gathered_steps_come_together_with_the_sums_of_their_timings() -> None:
+    async def scenario() -> None:
+        async with two_stages() as pipeline:
+            await pipeline.connect(1, pipeline.addresses[0])
+            await pipeline.begin(num_steps=6, is_gathered=True)
+            tokens = pipeline.coordinator.tokens
+            await until(lambda: len(tokens) == 2)
+            first, gathered = tokens
+            assert [*first.token_ids, *gathered.token_ids] == simulated_tokens(list(PROMPT), 7)
+            assert gathered.step == 1
+            assert all(timing.compute_us > 5900 for timing in gathered.timings), "a millisecond for each step"
+            going_on = Delta(token_ids=gathered.token_ids[-1:], num_steps=2)
+            await pipeline.stages[0].tell(Step(epoch=1, micro_batch=0, step=7, delta=going_on, is_gathered=True))
+            await until(lambda: len(tokens) == 3)
+            assert (tokens[2].step, len(tokens[2].token_ids)) == (7, 2)
+            assert not pipeline.coordinator.failures
+
+    run(scenario(), timeout_s=30)
+
+
+def test_what_was_gathered_in_an_epoch_is_forgotten_in_the_next() -> None:
+    async def scenario() -> None:
+        async with two_stages() as pipeline:
+            await pipeline.connect(1, pipeline.addresses[0])
+            await pipeline.begin(num_steps=64, is_gathered=True)
+            await until(lambda: len(pipeline.computes[1].used) > 5)
+            for number, stage in enumerate(pipeline.stages):
+                await stage.ask(msgspec.structs.replace(plan(number, 2), epoch=2), timeout=5.0)
+            for number, address in enumerate(reversed(pipeline.addresses)):
+                await pipeline.stages[number].ask(ConnectNext(epoch=2, address=address), timeout=5.0)
+            opened = Delta(opened=(Opened(0, PROMPT, len(PROMPT)),), chunks=(Chunk(0, len(PROMPT)),))
+            await pipeline.stages[0].tell(Step(epoch=2, micro_batch=0, step=0, delta=opened))
+            tokens = pipeline.coordinator.tokens
+            await until(lambda: len(tokens) == 2)
+            going_on = Delta(token_ids=tokens[1].token_ids, num_steps=2)
+            await pipeline.stages[0].tell(Step(epoch=2, micro_batch=0, step=1, delta=going_on, is_gathered=True))
+            await until(lambda: len(tokens) == 3)
+            assert [*tokens[1].token_ids, *tokens[2].token_ids] == simulated_tokens(list(PROMPT), 3)
+            assert (tokens[2].epoch, tokens[2].step) == (2, 1)
 
     run(scenario(), timeout_s=30)
 

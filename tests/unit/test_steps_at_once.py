@@ -102,26 +102,27 @@ def test_steps_come_one_by_one_when_there_are_no_blocks_for_more() -> None:
     core.check()
 
 
-# --- a ring of two stages, which answers step by step ---
+# --- a ring of two stages, whose steps are long enough for their tokens to come one by one ---
 
 
-def ring_after_a_token() -> tuple[Machine, Step]:
-    """With the seven steps that follow; the second micro-batch rests."""
-    core, step = after_a_token(num_stages=2, at_s=0.003)
-    assert (step.delta.token_ids, step.delta.num_steps) == ((21,), 7)
+def ring_after_a_token(*, compute_us: int = 6000, at_s: float = 0.013, num_steps: int = 4) -> tuple[Machine, Step]:
+    """With the steps that follow; the second micro-batch rests."""
+    core, step = after_a_token(num_stages=2, compute_us=compute_us, at_s=at_s)
+    assert (step.delta.token_ids, step.delta.num_steps) == ((21,), num_steps)
     return core, step
 
 
 def test_each_token_of_a_ring_comes_by_itself_and_the_coordinator_is_asked_after_the_last() -> None:
     core, step = ring_after_a_token()
-    for number in range(6):
+    assert not step.is_gathered
+    for number in range(3):
         assert tokens_of(done := answer(core, step, 22 + number, number=number)) == [("a", 1 + number, 22 + number)]
         assert not steps(done)
         core.check()
-    done = answer(core, step, 28, number=6)
-    (last,) = steps(done)
-    assert (last.step, last.delta.left, last.delta.num_steps) == (step.step + 7, (0,), 1)
-    assert tokens_of(done) == [("a", 7, 28)]
+    done = answer(core, step, 25, number=3)
+    (following,) = steps(done)
+    assert (following.step, following.delta.token_ids) == (step.step + 4, (25,))
+    assert tokens_of(done) == [("a", 4, 25)]
     core.check()
 
 
@@ -145,11 +146,11 @@ def test_who_ends_is_computed_to_the_last_of_the_steps_and_keeps_its_blocks_unti
     assert isinstance(finished, commands.FinishRequest)
     (other,) = steps(core.handle(submitted("b")))
     assert other.delta.left == (), "it would come between the steps"
-    assert core.statistics().used_blocks == 3 + 1
-    for number in range(1, 6):
+    assert core.statistics().used_blocks == 2 + 1
+    for number in range(1, 3):
         assert answer(core, step, 99, number=number) == []
         core.check()
-    (leaving,) = steps(answer(core, step, 99, number=6))
+    (leaving,) = steps(answer(core, step, 99, number=3))
     assert leaving.delta.left == (0,)
     assert core.statistics().used_blocks == 1
     core.check()
@@ -177,3 +178,49 @@ def test_a_ring_is_awaited_from_its_last_tokens_on() -> None:
     answer(core, step, 22, at_s=50.0)
     assert core.step_awaited_since(49.0) is None
     assert core.step_awaited_since(51.0) == step
+
+
+# --- a ring whose steps are so short that their tokens come together ---
+
+
+def short_ring_after_a_token() -> tuple[Machine, Step]:
+    core, step = ring_after_a_token(compute_us=1000, at_s=0.003, num_steps=7)
+    assert step.is_gathered
+    return core, step
+
+
+def test_the_tokens_of_short_steps_come_together_after_the_last() -> None:
+    core, step = short_ring_after_a_token()
+    done = answer(core, step, *range(22, 29))
+    assert tokens_of(done) == [("a", index, 21 + index) for index in range(1, 8)]
+    (last,) = steps(done)
+    assert (last.step, last.delta.left, last.delta.num_steps, last.is_gathered) == (step.step + 7, (0,), 1, False)
+    core.check()
+
+
+def test_of_gathered_tokens_none_may_lack_and_none_comes_before() -> None:
+    core, step = short_ring_after_a_token()
+    with pytest.raises(WireError, match="1 tokens, where 7 were to come"):
+        answer(core, step, 22)
+    with pytest.raises(WireError, match="not in flight"):
+        answer(core, step, *range(22, 29), number=6)
+
+
+def test_what_gathered_steps_take_is_what_single_ones_do() -> None:
+    core, step = short_ring_after_a_token()
+    timings = (StageTiming(70, 7000), StageTiming(0, 14_000))
+    tokens = Tokens(epoch=1, micro_batch=0, step=step.step, token_ids=tuple(range(22, 29)), timings=timings)
+    before = core.meter.num_steps
+    core.handle(events.TokensArrived(tokens=tokens, at_s=0.003 + 0.02807))
+    assert core.meter.num_steps == before + 7
+    assert core.meter.busy_s == pytest.approx([0.001 + 0.007, 0.001 + 0.014])
+    assert core.tuner.overhead_s == pytest.approx(0.001)
+    assert core.tuner.round_trip_s == pytest.approx((0.003 * 0.97 + 0.02807 / 7) / 1.97)
+
+
+def test_a_ring_that_is_lost_before_its_tokens_came_computes_them_again() -> None:
+    core, step = short_ring_after_a_token()
+    core.handle(events.PipelineLost())
+    assert answer(core, step, *range(22, 29)) == []
+    (again,) = steps(core.handle(events.PipelineReady(epoch=2, kv_blocks=1000, at_s=0.0)))
+    assert again.delta.opened[0].token_ids == (5, 5, 5, 21)

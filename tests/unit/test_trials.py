@@ -8,7 +8,7 @@ import pytest
 
 from asyncpipe.wire.messages import Step
 from asyncpipe_coordinator.core import commands, events
-from asyncpipe_coordinator.core.trials import ENOUGH, NUM_RECENT
+from asyncpipe_coordinator.core.trials import ENOUGH, NUM_RECENT, Trials
 from tests.core_machine import machine, submitted
 from tests.fake_stages import FakeStages
 
@@ -97,3 +97,30 @@ def test_a_newcomers_prompt_does_not_wait_for_the_turn_of_others() -> None:
     assert pipeline.go_on(ROUNDS) == {1, 2}
     assert pipeline.num_open == 1
     assert pipeline.issued[-1].delta.num_rows == 5
+
+
+def test_steps_whose_tokens_come_together_are_as_many_round_trips() -> None:
+    trials, now_s = Trials(), 0.0
+
+    def observe(num_micro_batches: int, *, seconds: float, num_steps: int, times: int) -> None:
+        nonlocal now_s
+        for _ in range(times):
+            trials.observe(
+                num_micro_batches=num_micro_batches,
+                num_sequences=4,
+                issued_at_s=now_s,
+                at_s=now_s + seconds,
+                steps_s=0.01,
+                num_steps=num_steps,
+            )
+            now_s += seconds
+
+    def best() -> int:
+        return trials.best([2, 1], num_sequences=4, steps_s=0.01)
+
+    observe(2, seconds=0.02, num_steps=1, times=ENOUGH)
+    assert best() == 2, "one more is needed"
+    observe(2, seconds=0.02, num_steps=1, times=1)
+    assert best() == 1, "it is tried"
+    observe(1, seconds=0.064, num_steps=4, times=1 + ENOUGH // 4)  # the first is of another load, and does not count
+    assert best() == 1, "16 ms are less than 20"

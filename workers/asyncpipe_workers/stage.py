@@ -37,10 +37,10 @@ from asyncpipe.wire.messages import (
     StageReport,
     StageTiming,
     Step,
-    Tokens,
     ToStage,
 )
 from asyncpipe_workers.executor import ComputeThread, Timed
+from asyncpipe_workers.gathering import Gathering
 from asyncpipe_workers.hidden_links import HiddenLinks, StageSeat
 from asyncpipe_workers.outgoing import Outgoing, Sender
 from asyncpipe_workers.output import ArrivedStep, StageOutput
@@ -87,6 +87,7 @@ class StageActor(Actor):
         self._epoch: int | None = None  # whose steps are computed; the compute thread looks at it too
         self._recorder = StageRecorder()
         self._arrived: deque[ArrivedStep] = deque()  # that the compute thread has not begun
+        self._gathering = Gathering()
         self._num_queued = 0  # steps that were taken and have not left
         self._coordinator = Sender("the coordinator", recorder=self._recorder, on_unreachable=self._on_unreachable)
         self._next = Sender("the next stage", recorder=self._recorder, on_unreachable=self._on_unreachable)
@@ -166,6 +167,7 @@ class StageActor(Actor):
 
     def _begin(self, epoch: int | None) -> None:
         self._epoch = epoch
+        self._gathering.clear()
         self._coordinator.begin(epoch)
         self._next.begin(epoch)
 
@@ -280,8 +282,9 @@ class StageActor(Actor):
         """The stages first: they work on the next of several steps while the coordinator gets the tokens of this one."""
         if step.delta.num_steps > 1 and not self._is_whole_pipeline:
             self._next.send(Outgoing(step, _following(step, output)))
-        due_ns = end_ns + int(self._loaded_model().link_s * 1e9)
-        self._coordinator.send(Outgoing(step, _tokens(step, timings, output), due_ns))
+        if (tokens := self._gathering.add(step, timings, output)) is not None:
+            due_ns = end_ns + int(self._loaded_model().link_s * 1e9)
+            self._coordinator.send(Outgoing(step, tokens, due_ns))
 
     @property
     def _is_whole_pipeline(self) -> bool:
@@ -344,18 +347,13 @@ class StageActor(Actor):
 def _following(step: Step, output: StageOutput) -> Step:
     """The next of several steps at once, for the first stage: every member goes on with what was chosen for it."""
     delta = Delta(token_ids=output.token_ids, num_steps=step.delta.num_steps - 1)
-    return Step(epoch=step.epoch, micro_batch=step.micro_batch, step=step.step + 1, delta=delta, is_alone=step.is_alone)
-
-
-def _tokens(step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> Tokens:
-    return Tokens(
+    return Step(
         epoch=step.epoch,
         micro_batch=step.micro_batch,
-        step=step.step,
-        token_ids=output.token_ids,
-        timings=timings,
-        logprobs=output.logprobs,
-        prompt_logprobs=output.prompt_logprobs,
+        step=step.step + 1,
+        delta=delta,
+        is_alone=step.is_alone,
+        is_gathered=step.is_gathered,
     )
 
 

@@ -34,8 +34,10 @@ class EfficiencyMeter:
             return
         self.num_steps += num_steps
         ready_s = 0.0
+        for _ in range(num_steps):
+            for stage, seconds in enumerate(stage_s):
+                ready_s = self._free_at_s[stage] = max(ready_s, self._free_at_s[stage]) + seconds / num_steps
         for stage, seconds in enumerate(stage_s):
-            ready_s = self._free_at_s[stage] = max(ready_s, self._free_at_s[stage]) + seconds
             self.busy_s[stage] += seconds
         self._last_at_s = at_s
 

@@ -276,8 +276,7 @@ class Machine:
         in_flight = micro_batch.in_flight
         if in_flight is None or in_flight.next_number != tokens.step:
             raise WireError(f"tokens for step {tokens.step} of micro-batch {tokens.micro_batch}, which is not in flight")
-        # One stage alone gives the tokens of all its steps at once.
-        num_steps = in_flight.num_awaited if self.limits.num_stages == 1 else 1
+        num_steps = in_flight.num_awaited if self.limits.num_stages == 1 or in_flight.step.is_gathered else 1
         sampled = in_flight.sampled * num_steps
         if len(tokens.token_ids) != len(sampled) or len(tokens.logprobs) not in (0, len(sampled)):
             raise WireError(f"{len(tokens.token_ids)} tokens, where {len(sampled)} were to come")
@@ -299,13 +298,13 @@ class Machine:
             in_turns=self._takes_turns,
         )
         if self._may_try:
-            self._measure_trial(in_flight.since_s, at_s)
-        self._steps_since_retune += 1
+            self._measure_trial(in_flight.since_s, at_s, num_steps)
+        self._steps_since_retune += num_steps
         if self._steps_since_retune >= RETUNE_STEPS or (has_prompts and not self._books.num_uncomputed):
             self._steps_since_retune = 0
             self._open_micro_batches()
 
-    def _measure_trial(self, since_s: float, at_s: float) -> None:
+    def _measure_trial(self, since_s: float, at_s: float, num_steps: int) -> None:
         """Of the number of micro-batches that are in flight: only of decoding, for prompts take their own time."""
         flights = [batch.in_flight for batch in self._books.micro_batches if batch.in_flight is not None]
         have_prompts = self._books.num_uncomputed or any(flight.step.delta.chunks for flight in flights)
@@ -314,6 +313,7 @@ class Machine:
             num_sequences=0 if have_prompts else self._books.num_running,
             issued_at_s=since_s,
             at_s=at_s,
+            num_steps=num_steps,
         )
 
     def _open_micro_batches(self) -> None:
@@ -369,7 +369,15 @@ class Machine:
         if delta == Delta():
             return []
         is_alone = self._is_alone(micro_batch)
-        step = Step(epoch=epoch, micro_batch=micro_batch.index, step=micro_batch.next_step, delta=delta, is_alone=is_alone)
+        is_gathered = self.limits.num_stages > 1 and self.tuner.are_short(delta.num_steps, delta.num_rows)
+        step = Step(
+            epoch=epoch,
+            micro_batch=micro_batch.index,
+            step=micro_batch.next_step,
+            delta=delta,
+            is_alone=is_alone,
+            is_gathered=is_gathered,
+        )
         micro_batch.next_step += delta.num_steps
         micro_batch.in_flight = InFlight(step, tuple(micro_batch.members), at_s)
         self.meter.issued(at_s)

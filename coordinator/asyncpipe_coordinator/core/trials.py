@@ -42,9 +42,19 @@ class Trials:
     _load: tuple[int, int] = (0, 0)  # sequences, and micro-batches of them
     _same_since_s: float = 0.0
 
-    def observe(self, *, num_micro_batches: int, num_sequences: int, issued_at_s: float, at_s: float, steps_s: float) -> None:
-        """A step is back, while `num_sequences` decode in it and beside it: 0 while others do something else. What has waited
-        for something else does not count. `steps_s` is what all stages should take for a step of all of them."""
+    def observe(
+        self,
+        *,
+        num_micro_batches: int,
+        num_sequences: int,
+        issued_at_s: float,
+        at_s: float,
+        steps_s: float,
+        num_steps: int = 1,
+    ) -> None:
+        """A step is back, or several that went round by themselves, while `num_sequences` decode in it and beside it: 0 while
+        others do something else. What has waited for something else does not count. `steps_s` is what all stages should take
+        for a step of all of them."""
         load = num_sequences, num_micro_batches
         if load != self._load:
             self._load, self._same_since_s = load, at_s
@@ -52,9 +62,9 @@ class Trials:
             trips = self._seen.setdefault((num_sequences.bit_length(), num_micro_batches), _RoundTrips())
             if self._is_stale(trips):
                 trips.recent.clear()
-            self._num_seen += 1
+            self._num_seen += num_steps
             trips.last = self._num_seen
-            trips.recent.append((at_s - issued_at_s) / steps_s)
+            trips.recent.extend([(at_s - issued_at_s) / num_steps / steps_s] * num_steps)
 
     def best(self, candidates: Sequence[int], *, num_sequences: int, steps_s: float) -> int:
         """Of these numbers of micro-batches, each of which holds all sequences; the first is the one that was computed."""

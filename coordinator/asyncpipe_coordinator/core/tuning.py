@@ -138,17 +138,22 @@ class Tuner:
                 line.add(num_rows, step_s)
             times.add(num_rows, step_s, has_prompts=has_prompts)
         inside_s = sum(timing.queue_us + timing.compute_us for timing in timings) / 1e6
-        self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0))
-        self._round_trip.add(0.0, round_trip_s)
+        num_rounds = num_steps if self.num_stages > 1 else 1
+        self._overhead.add(0.0, max(round_trip_s - inside_s, 0.0) / num_rounds)
+        self._round_trip.add(0.0, round_trip_s / num_rounds)
 
-    def observe_decoding(self, *, num_micro_batches: int, num_sequences: int, issued_at_s: float, at_s: float) -> None:
-        """A step of one of the micro-batches in which all of the sequences are; 0 of them: some do something else."""
+    def observe_decoding(
+        self, *, num_micro_batches: int, num_sequences: int, issued_at_s: float, at_s: float, num_steps: int = 1
+    ) -> None:
+        """A step of one of the micro-batches in which all of the sequences are, or several at once; 0 sequences: some do
+        something else."""
         if self._stages:
             self._trials.observe(
                 num_micro_batches=num_micro_batches,
                 num_sequences=num_sequences,
                 issued_at_s=issued_at_s,
                 at_s=at_s,
+                num_steps=num_steps,
                 steps_s=self._steps_s(num_sequences),
             )
 
@@ -168,11 +173,19 @@ class Tuner:
         """Of so many rows, without a turn through the coordinator between them; `holds_up`: whoever comes."""
         if not self._stages:
             return 1
-        step_s = self._steps_s(num_rows) + (self.overhead_s if self.num_stages > 1 else 0.0)
+        step_s = self._round_s(num_rows)
         count = int(AT_ONCE_S / step_s)
         if self.num_stages > 1 and not holds_up:
             count = max(count, min(ALONE_STEPS, int(ALONE_S / step_s)))
         return min(max(count, 1), MAX_STEPS_AT_ONCE)
+
+    def are_short(self, num_steps: int, num_rows: int) -> bool:
+        """So many steps at once, of so many rows: nobody minds if their tokens come together."""
+        return num_steps > 1 and num_steps * self._round_s(num_rows) <= AT_ONCE_S
+
+    def _round_s(self, num_rows: int) -> float:
+        """A step of those that follow each other by themselves."""
+        return self._steps_s(num_rows) + (self.overhead_s if self.num_stages > 1 else 0.0)
 
     def part(self, num_tokens: int, *, most: int) -> int:
         """Of so many tokens of prompts, those that a step takes, `most` at the most, so that all are through the stages
