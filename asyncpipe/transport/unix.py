@@ -13,7 +13,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 
-from asyncpipe.errors import AsyncPipeError, Refused, Timeout, WireError
+from asyncpipe.errors import AsyncPipeError, Broken, Refused, Timeout, WireError
 from asyncpipe.transport.base import AcceptHandler, LinkOptions, Listener, Transport
 from asyncpipe.transport.credit import Kind
 from asyncpipe.transport.framing import MessageReader
@@ -36,6 +36,7 @@ MAX_CONNECTIONS = 4096  # of one listener
 ACCEPTS_PER_TURN = 64
 RETRY_S = 0.05  # while the listener is not there yet, or no descriptor is left to accept with
 LINGER_S = 1.0
+NEWS_S = 0.25  # for whoever has started the process at the other end to hear how that has ended, and say so
 HELLO_FRAMES = 2  # the header, and what is said
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ class UnixLink(SocketLink):
     async def close(self) -> None:
         await super().close()
         await self._stream.flushed()
+
+    def _on_unreachable(self, error: Broken) -> None:
+        """The end of its connection is there to be read, after what it has said last."""
 
 
 class _Connection(abc.ABC):
@@ -191,6 +195,13 @@ class _Accepted(_Connection):
             await self.link.close()
         else:
             self.leave()
+
+    def _on_end(self, error: WireError | None) -> None:
+        """A process that is killed ends its connections a moment before its parent hears of it."""
+        if self.link is not None and error is None:
+            self._patience = asyncio.get_running_loop().call_later(NEWS_S, self.link.on_disconnected)
+        else:
+            super()._on_end(error)
 
     def _on_greeting(self, kind: int, frames: Sequence[Buffer]) -> None:
         try:
