@@ -1,12 +1,12 @@
-"""Hidden states from one stage to the next: a Gloo link beside ZeroMQ, interleaved, in one run, between two processes.
+"""Hidden states from one stage to the next: a Gloo link beside messages, interleaved, in one run, between two processes.
 
     python benchmarks/links.py             # about two minutes
     python benchmarks/links.py --quick --json
 
-As stages do it: over ZeroMQ the tensor is in the message, through shared memory or through TCP on loopback; beside a Gloo link
-the message says what is coming, and the receive is posted when it arrives. `alone` is the time from sending one tensor to
-hearing that it is there; `ahead` is the rate of several under way at once. A tensor is there when it is in the receiver's
-memory, ready to read, for ZeroMQ as a view of what was received.
+As stages do it: the tensor is in the message, through shared memory and a socket of the machine, or through ZeroMQ's TCP on
+loopback; beside a Gloo link the message says what is coming, and the receive is posted when it arrives. `alone` is the time
+from sending one tensor to hearing that it is there; `ahead` is the rate of several under way at once. A tensor is there when
+it is in the receiver's memory, ready to read, from messages as a view of what was received.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Receiver(Actor):
         arriving.add_done_callback(self._arriving.discard)
 
 
-class OverZmq:
+class InMessages:
     def __init__(self, ref: ActorRef) -> None:
         self._ref = ref
 
@@ -162,7 +162,7 @@ class OverLink:
         return self._link.send(self._tag, tensor)
 
 
-def plan(whos: dict[str, OverZmq | OverLink], *, quick: bool) -> dict[str, dict[str, Once]]:
+def plan(whos: dict[str, InMessages | OverLink], *, quick: bool) -> dict[str, dict[str, Once]]:
     """For each thing measured, who is measured: microseconds, or bytes a second."""
     rounds: dict[str, dict[str, Once]] = {}
     for size, num_bytes in SIZES.items():
@@ -231,7 +231,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         await refs["shm"].tell(Hidden(tag=0, num_bytes=1), timeout=TIMEOUT_S)  # the receiver joins, and is sent
         link = await joining
         await link.send(0, torch.zeros(1, dtype=torch.uint8))
-        whos = {"gloo": OverLink(refs["shm"], link), "zmq shm": OverZmq(refs["shm"]), "zmq tcp": OverZmq(refs["tcp"])}
+        whos = {"gloo": OverLink(refs["shm"], link), "ipc shm": InMessages(refs["shm"]), "zmq tcp": InMessages(refs["tcp"])}
         results = await in_turn(plan(whos, quick=arguments.quick), repeats=3 if arguments.quick else 7)
         await link.close()
     return summarize(results)

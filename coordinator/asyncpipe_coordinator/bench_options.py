@@ -74,7 +74,7 @@ def _add_workload(parser: Parser) -> None:
 
 def _add_flexllmgen(parser: Parser) -> None:
     parser.option(
-        "--comm-device", default="cpu", metavar="cpu|gpu", help="cpu: hidden states travel over ZeroMQ (default: cpu)"
+        "--comm-device", default="cpu", metavar="cpu|gpu", help="cpu: hidden states travel in messages (default: cpu)"
     )
     parser.option("--async-comm", action="store_true", help="accepted: hidden states always travel while others are computed")
     parser.option(
