@@ -197,6 +197,15 @@ def test_forms_that_are_compared_take_turns(cache: Path) -> None:
     assert called == list("abc") * (1 + quickest.ROUNDS)
 
 
+@pytest.mark.parametrize(("min_gain", "best"), [(0.9, "second"), (0.2, "first")])
+def test_the_first_form_is_preferred_where_others_gain_little(cache: Path, min_gain: float, best: str) -> None:
+    def lasts(seconds: float) -> list[Callable[[], torch.Tensor]]:
+        return [lambda: time.sleep(seconds) or torch.zeros(1)]
+
+    ways = {"first": partial(lasts, 0.004), "second": partial(lasts, 0.002)}
+    assert quickest.quickest("work", ways, min_gain=min_gain) == best
+
+
 @pytest.mark.parametrize("other", ["cpu family : 25\nmodel : 2", "cpu family : 26\nmodel : 17", ""])
 def test_processors_that_are_called_the_same_are_told_apart(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As virtual machines do with "AMD EPYC"."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import asyncpipe
 from asyncpipe.cache_dir import cache_dir
 
 ROUNDS = 9  # in one of which nobody disturbs
@@ -29,24 +30,30 @@ CPU_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part"
 Call = Callable[[], torch.Tensor]
 
 
-def quickest(what: str, ways: Mapping[str, Callable[[], Sequence[Call]]], *, between_bytes: int = MOST_BETWEEN_BYTES) -> str:
+def quickest(
+    what: str,
+    ways: Mapping[str, Callable[[], Sequence[Call]]],
+    *,
+    between_bytes: int = MOST_BETWEEN_BYTES,
+    min_gain: float = MIN_GAIN,
+) -> str:
     """The name of the way that is best over all its calls, which are of the same work, in the same order, for each.
 
-    The first way is preferred where others gain little. One that raises RuntimeError or NotImplementedError is not there on
-    this processor; where none is, that is a NotImplementedError. `what`, the names and the number of threads are what the
-    choice is remembered by. Between two calls as many bytes are read as a model reads before it comes to the same weight
-    again, which is in no cache then unless the model is small.
+    The first way is preferred where others take more than `min_gain` of its time. One that raises RuntimeError or
+    NotImplementedError is not there on this processor; where none is, that is a NotImplementedError. `what`, the names and the
+    number of threads are what the choice is remembered by. Between two calls as many bytes are read as a model reads before it
+    comes to the same weight again, which is in no cache then unless the model is small.
     """
     key = f"{'|'.join(ways)} {what} {torch.get_num_threads()} threads"
     choices = _remembered()
     if choices.get(key) not in ways:
-        choices[key] = _measured(ways, between_bytes)
+        choices[key] = _measured(ways, between_bytes, min_gain)
         _remember(key, choices[key])
     return choices[key]
 
 
 @torch.inference_mode()
-def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]], between_bytes: int) -> str:
+def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]], between_bytes: int, min_gain: float) -> str:
     there = {name: calls for name, make in ways.items() if (calls := _that_work(make))}
     if not there:
         raise NotImplementedError(f"not on this processor: {', '.join(ways)}")
@@ -56,7 +63,7 @@ def _measured(ways: Mapping[str, Callable[[], Sequence[Call]]], between_bytes: i
         for name, each in times.items()
     }
     best = min(relative, key=relative.__getitem__)
-    return best if relative[best] < MIN_GAIN else first
+    return best if relative[best] < min_gain else first
 
 
 def _that_work(make: Callable[[], Sequence[Call]]) -> Sequence[Call]:
@@ -88,13 +95,13 @@ def _seconds(call: Call, between: torch.Tensor) -> float:
 
 @functools.cache
 def _machine() -> str:
-    """Processor and library: what was measured with others says nothing."""
+    """Processor and libraries: what was measured with others says nothing."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         fields = {name.strip(): own.strip() for name, _, own in (line.partition(":") for line in lines)}
         processor = ", ".join(f"{name} {fields[name]}" for name in CPU_FIELDS if name in fields) or processor
-    return f"{processor}, torch {torch.__version__}"
+    return f"{processor}, torch {torch.__version__}, asyncpipe {asyncpipe.__version__}"
 
 
 @functools.cache

@@ -48,6 +48,10 @@ class Kernel(ABC):
         """Its number."""
         return self.b.zext(self.b.outside("omp_get_thread_num", WORD), COUNT)
 
+    def wait_for_all(self) -> None:
+        """No thread goes on before each has come here."""
+        self.b.outside("GOMP_barrier", NOTHING)
+
     @contextmanager
     def own_share(self, total: ir.Value) -> Iterator[ir.Value]:
         """A loop over a thread's part of 0 to `total`."""

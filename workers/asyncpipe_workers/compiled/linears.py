@@ -5,19 +5,23 @@ Shapes: R rows, I inputs, O outputs, C outputs of a panel, P panels, W words of 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
 from asyncpipe_workers.compiled.int4_product import UNROLLED, WORD_INPUTS, Int4Product, panel_size
 from asyncpipe_workers.compiled.panels import LayOutPanels
-from asyncpipe_workers.compiled.product import scratch_bytes
+from asyncpipe_workers.compiled.product import code_bytes
 from asyncpipe_workers.compiled.products import (
     FEWEST_LANES,
     BFloat16Product,
     Float16Product,
     FloatProduct,
     Int8Product,
+    moved_bytes,
 )
 from asyncpipe_workers.memory.quantization import MAX_FLOAT16, GroupCodec, RowCodec
 from asyncpipe_workers.tape import new_tensor
@@ -29,16 +33,24 @@ class CompiledLinear:
     """(..., I) to (..., O), whose rows may lie apart."""
 
     def __init__(
-        self, product: CompiledKernel, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, *, row_bytes: int
+        self,
+        product: CompiledKernel,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        row_bytes: int,
+        scratch_bytes: Callable[[int, int], int],
     ) -> None:
-        """`weight`, `scales` and `bias` (float32) are as the product takes them, and kept."""
+        """`weight`, `scales` and `bias` (float32) are as the product takes them, and kept. `scratch_bytes` are for so many rows
+        of so many inputs."""
         self._product = product
         self._weight = weight
         self._scales = scales
         self._bias = bias
         self._row_bytes = row_bytes
         self._out_size = self._product_size = len(bias)
-        self._num_groups = 0  # of a row that are quantized each by itself
+        self._scratch_bytes = scratch_bytes
         self.num_bytes = weight.nbytes + scales.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +58,7 @@ class CompiledLinear:
             return self(x.reshape(-1, x.shape[-1]).float()).reshape(*x.shape[:-1], self._out_size).to(x.dtype)
         num_rows, in_size = x.shape
         y_RO = new_tensor(num_rows, self._product_size)
-        scratch = new_tensor(scratch_bytes(num_rows, in_size, self._num_groups), dtype=torch.uint8)
+        scratch = new_tensor(self._scratch_bytes(num_rows, in_size), dtype=torch.uint8)
         tensors = (x.contiguous(), y_RO, self._weight, self._scales, self._bias, scratch)
         self._product(tensors, (num_rows, in_size, self._product_size, self._row_bytes))
         return y_RO if self._product_size == self._out_size else y_RO[:, : self._out_size]
@@ -62,7 +74,14 @@ class CompiledFloatLinear(CompiledLinear):
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         row_bytes = weight.stride(0) * weight.itemsize
         product = compiled(FLOAT_PRODUCTS[weight.dtype])
-        super().__init__(product, weight, torch.empty(0), _bias(bias, len(weight)), row_bytes=row_bytes)
+        super().__init__(
+            product,
+            weight,
+            torch.empty(0),
+            _bias(bias, len(weight)),
+            row_bytes=row_bytes,
+            scratch_bytes=functools.partial(moved_bytes, lanes=product.lanes),
+        )
 
 
 class CompiledInt8Linear(CompiledLinear):
@@ -72,8 +91,14 @@ class CompiledInt8Linear(CompiledLinear):
         if in_size % (FEWEST_LANES * Int8Product.lane_inputs):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
         scales_O = RowCodec().codes(packed, in_size).scales_R
-        super().__init__(compiled(Int8Product), packed, scales_O, _bias(bias, len(packed)), row_bytes=packed.stride(0))
-        self._num_groups = 1
+        super().__init__(
+            compiled(Int8Product),
+            packed,
+            scales_O,
+            _bias(bias, len(packed)),
+            row_bytes=packed.stride(0),
+            scratch_bytes=functools.partial(code_bytes, num_groups=1),
+        )
 
 
 class CompiledInt4Linear(CompiledLinear):
@@ -93,9 +118,15 @@ class CompiledInt4Linear(CompiledLinear):
         weight_PWC = lay_out(codec.code_pairs(packed, in_size), num_outputs)
         panels_PCG2 = _padded(halves_OG2, num_outputs).view(-1, num_outputs, *halves_OG2.shape[1:])
         scales_PG2C = panels_PCG2.permute(0, 2, 3, 1).contiguous()
-        super().__init__(product, weight_PWC, scales_PG2C, _padded(_bias(bias, len(packed)), num_outputs), row_bytes=0)
+        super().__init__(
+            product,
+            weight_PWC,
+            scales_PG2C,
+            _padded(_bias(bias, len(packed)), num_outputs),
+            row_bytes=0,
+            scratch_bytes=functools.partial(code_bytes, num_groups=in_size // codec.group_size),
+        )
         self._out_size = len(packed)
-        self._num_groups = in_size // codec.group_size
 
 
 def lay_out(codes_OB: torch.Tensor, num_outputs: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, NOTHING, WORD, Count
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, WORD, Count
 from asyncpipe_workers.compiled.kernel import Kernel
 
 ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
@@ -26,9 +26,9 @@ MAX_CODE = 127.0
 TINY = 1e-30  # instead of the largest magnitude of zeros
 
 
-def scratch_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
-    """For rows in eight bits: codes, and two words for each group."""
-    return num_rows * (num_inputs + 8 * num_groups) if num_groups else 0
+def code_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
+    """Of scratch for rows in eight bits: codes, and two words for each group."""
+    return num_rows * (num_inputs + 8 * num_groups)
 
 
 class Product(Kernel):
@@ -71,7 +71,7 @@ class RowCodes:
         `self.keep` or elsewhere."""
         with self._kernel.own_share(self._all_groups) as group:
             self._quantize(group, keep)
-        self.b.outside("GOMP_barrier", NOTHING)
+        self._kernel.wait_for_all()
 
     def keep(self, codes: ir.Value, group: ir.Value, first: ir.Value) -> None:
         """Codes of a group, from its number `first` on."""

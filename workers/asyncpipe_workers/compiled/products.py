@@ -1,11 +1,11 @@
 """The instructions of y = x W^T + b, for weights in float32, in 16 bits (multiplied as float32) and in eight.
 
 A weight is read as it lies in a checkpoint, an output's row after the other: in each row as many inputs at a time as a vector
-holds, so that a sum is a vector too until its row ends, and its lanes are added up then. Four rows of x (with narrow vectors
-two) are multiplied with four of the weight at a time, whose sums stay in registers, and then some more rows of x with the same
-four, before the next are read from memory. Where rows are long, that is done for a block of their inputs after the other, so
-that what is multiplied together stays in the first cache. For one or two rows of x the weight is read from end to end. Each sum
-is added up in one order, however many rows there are: a row's result does not depend on what else is in the batch.
+holds, so that a sum is a vector too until its row ends, and its lanes are added up then. Some rows of x are multiplied with
+some of the weight at a time, whose sums stay in registers: four with four, or of floats eight with two (with narrow vectors
+half as many), for then rows of x stay in the first cache and those of the weight pass by once. Where rows are long, that is
+done for a block of their inputs after the other. For one or two rows of x the weight is read from end to end. Each sum is added
+up in one order, however many rows there are: a row's result does not depend on what else is in the batch.
 
 With weights in eight bits rows are quantized too, each by its own largest magnitude, and products are sums of integers. A NaN
 makes its row's results NaN.
@@ -26,8 +26,14 @@ from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
 
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
-TILE = 4  # outputs whose sums are in registers, and rows if vectors are wide
-BLOCK_VECTORS = 48  # of each row: eight of them, and four of the weight, in 36 KB
+WIDEST_LANES = 16
+FEW = 4  # rows that are multiplied with as many outputs at a time
+MANY_FLOATS = 8  # rows that stay in the first cache together; sixteen would not
+ASKED_OUTPUTS = 4  # ahead, where several rows are multiplied together
+BLOCK_VECTORS = 48  # of each row: eight of them in 24 KB
+ALIKE_FLOATS = 1024  # numbers that lie so far from each other compete for the same places of the first cache
+
+FLOAT_BYTES = 4
 
 OFFSET = 128  # of weights in eight bits: the instruction takes them unsigned
 
@@ -50,6 +56,14 @@ class _Part(NamedTuple):
     last: ir.Value
 
 
+def moved_bytes(num_rows: int, num_inputs: int, lanes: int) -> int:
+    """Of scratch for the rows of a `FloatProduct`."""
+    block_inputs = BLOCK_VECTORS * lanes
+    if num_rows < MANY_FLOATS or num_inputs <= block_inputs:
+        return 0
+    return FLOAT_BYTES * num_rows * (num_inputs + ALIKE_FLOATS + block_inputs)
+
+
 class DotProduct(Product):
     """Sums of products along rows. Inputs are a multiple of FEWEST_LANES lanes'."""
 
@@ -57,7 +71,8 @@ class DotProduct(Product):
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
     asked_bytes: ClassVar[int] = ASKED_BYTES
-    rows_together: ClassVar[tuple[int, ...]] = (16, 8, TILE, 2, 1)
+    rows_together: ClassVar[tuple[int, ...]] = (16, 8, FEW, 2, 1)
+    many_tile: ClassVar[tuple[int, int]] = (FEW, FEW)  # of more than a few rows, where vectors are wide: rows and outputs
 
     def multiply(self) -> None:
         b = self.b
@@ -77,20 +92,22 @@ class DotProduct(Product):
                 row = end
 
     def _multiply_rows(self, part: _Part) -> None:
-        if part.num_rows < TILE:
+        if part.num_rows < FEW:
             self._multiply_tiles(part, part.num_rows, 1)
             return
-        b, rows = self.b, self.lanes * TILE // 16
-        whole_end = b.plus(part.first, b.whole(b.sub(part.last, part.first), TILE))
+        b, is_few = self.b, part.num_rows == FEW
+        rows, outputs = (FEW, FEW) if is_few else self.many_tile
+        rows = self.lanes * rows // WIDEST_LANES
+        whole_end = b.plus(part.first, b.whole(b.sub(part.last, part.first), outputs))
         whole, rest = part._replace(last=whole_end), part._replace(first=whole_end)
-        if part.num_rows == TILE:
-            self._multiply_tiles(whole, rows, TILE)
+        if is_few:
+            self._multiply_tiles(whole, rows, outputs)
         else:
             with b.if_else(b.icmp_signed(">", self.inputs, b.count(self._block_inputs))) as (several, one):
                 with several:
-                    self._multiply_in_blocks(whole, rows, TILE)
+                    self._multiply_in_blocks(whole, rows, outputs)
                 with one:
-                    self._multiply_tiles(whole, rows, TILE)
+                    self._multiply_tiles(whole, rows, outputs)
         self._multiply_tiles(rest, rows, 1)
 
     def _multiply_tiles(self, part: _Part, rows: int, outputs: int) -> None:
@@ -143,7 +160,7 @@ class DotProduct(Product):
         b, num = self.b, num or self.vector_inputs
         rows = [self.row_numbers(b.plus(tile.row, n)) for n in range(tile.num_rows)]
         weights = [self.weight_row(b.plus(tile.output, n)) for n in range(tile.num_outputs)]
-        asked = self.asked_bytes if tile.num_outputs == 1 else b.times(self.row_bytes, tile.num_outputs)
+        asked = self.asked_bytes if tile.num_outputs == 1 else b.times(self.row_bytes, ASKED_OUTPUTS)
         with b.loop(first, last, num) as n:
             numbers = [self._read(b.at(row, n, self.row_number), self.row_number, num) for row in rows]
             for o, weight in enumerate(weights):
@@ -207,21 +224,34 @@ class DotProduct(Product):
 
 
 class FloatProduct(DotProduct):
-    """No scales, no scratch."""
+    """No scales. Scratch is of `moved_bytes`."""
 
     lane_inputs = 1
     weight_number = row_number = FLOAT32
-    rows_together = (8, TILE, 2, 1)  # sixteen do not fit into the first cache
+    rows_together = (MANY_FLOATS, FEW, 2, 1)
+    many_tile = (MANY_FLOATS, 2)
 
     @property
     def sums(self) -> ir.VectorType:
         return self.b.floats
 
     def prepare_rows(self) -> None:
-        """They are multiplied as they are."""
+        """Many that are long are moved apart, so that their blocks fill the first cache evenly: those that begin a power of two
+        after each other evict each other."""
+        b = self.b
+        self._rows, self._row_len = b.variable(self.x), b.variable(self.inputs)
+        are_many = b.icmp_signed(">=", self.rows, b.count(MANY_FLOATS))
+        with b.if_then(b.and_(are_many, b.icmp_signed(">", self.inputs, b.count(self._block_inputs)))):
+            self._rows.set(self.scratch)
+            self._row_len.set(b.plus(b.whole(b.plus(self.inputs, ALIKE_FLOATS - 1), ALIKE_FLOATS), self._block_inputs))
+            with self.own_share(self.rows) as row:
+                numbers, moved = b.at(self.x, b.times(row, self.inputs), FLOAT32), self.row_numbers(row)
+                with b.loop(0, self.inputs, FEWEST_LANES) as n:
+                    b.write(b.read(b.at(numbers, n, FLOAT32), ir.VectorType(FLOAT32, FEWEST_LANES)), b.at(moved, n, FLOAT32))
+            self.wait_for_all()
 
     def row_numbers(self, row: ir.Value) -> ir.Value:
-        return self.b.at(self.x, self.b.times(row, self.inputs), FLOAT32)
+        return self.b.at(self._rows.get(), self.b.times(row, self._row_len.get()), FLOAT32)
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         return numbers
