@@ -85,6 +85,10 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
             place = self.ptrtoint(self.alloca(of, num), COUNT)  # llvmlite would go on to know what it points to
             return self.inttoptr(place, ADDRESS)
 
+    def kept(self, address: ir.Value) -> ir.Value:
+        """The same, of which LLVM does not know how it came about: a loop keeps it in a register, and does not compute it."""
+        return self.asm(ir.FunctionType(ADDRESS, [ADDRESS]), "", "=r,0", [address], side_effect=False)
+
     def prefetch(self, address: ir.Value) -> None:
         how = [ir.Constant(WORD, n) for n in (READ, TO_SECOND_CACHE, DATA)]
         self.outside("llvm.prefetch.p0", NOTHING, address, *how)

@@ -48,6 +48,9 @@ class Kernel(ABC):
         """Its number."""
         return self.b.zext(self.b.outside("omp_get_thread_num", WORD), COUNT)
 
+    def num_threads(self) -> ir.Value:
+        return self.b.zext(self.b.outside("omp_get_num_threads", WORD), COUNT)
+
     def wait_for_all(self) -> None:
         """No thread goes on before each has come here."""
         self.b.outside("GOMP_barrier", NOTHING)
@@ -55,8 +58,7 @@ class Kernel(ABC):
     @contextmanager
     def own_share(self, total: ir.Value) -> Iterator[ir.Value]:
         """A loop over a thread's part of 0 to `total`."""
-        b = self.b
-        thread, threads = self.thread(), b.zext(b.outside("omp_get_num_threads", WORD), COUNT)
+        b, thread, threads = self.b, self.thread(), self.num_threads()
         bounds = [b.over(b.times(total, b.plus(thread, n)), threads) for n in range(2)]
         with b.loop(*bounds) as index:
             yield index

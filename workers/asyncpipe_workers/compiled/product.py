@@ -66,11 +66,12 @@ class RowCodes:
         self._units = self.b.at(self._codes, self.b.times(kernel.rows, kernel.inputs))
         self._sums = self.b.at(self._units, self._all_groups, FLOAT32)
 
-    def write(self, keep: KeepCodes) -> None:
-        """All of them, each thread its share, and none goes on before they are there. `keep` writes a vector of codes, by
-        `self.keep` or elsewhere."""
-        with self._kernel.own_share(self._all_groups) as group:
-            self._quantize(group, keep)
+    def write(self, keep: KeepCodes, *, first_group: Count = 0) -> None:
+        """Those of all groups from number `first_group` on, each thread its share, and none goes on before they are there.
+        `keep` writes a vector of codes, by `self.keep` or elsewhere."""
+        first = self.b.count(first_group)
+        with self._kernel.own_share(self.b.sub(self._all_groups, first)) as n:
+            self._quantize(self.b.plus(first, n), keep)
         self._kernel.wait_for_all()
 
     def keep(self, codes: ir.Value, group: ir.Value, first: ir.Value) -> None:
@@ -92,10 +93,10 @@ class RowCodes:
     def _number(self, row: ir.Value, group: Count) -> ir.Value:
         return self.b.plus(self.b.times(row, self.groups), group)
 
-    def _quantize(self, group: ir.Value, keep: KeepCodes) -> None:
-        """Number `group` of all groups of all rows."""
+    def factor(self, group: ir.Value) -> ir.Value:
+        """What makes codes of the numbers of a group; what their unit is worth is written."""
         b = self.b
-        numbers = b.at(self._kernel.x, b.times(group, self.group_inputs), FLOAT32)
+        numbers = self._numbers(group)
         largest = b.variable(b.all_lanes(b.floats, 0.0))
         with b.loop(0, self.group_inputs, b.lanes) as n:
             magnitudes = b.magnitudes(b.read(b.at(numbers, n, FLOAT32), b.floats))
@@ -104,10 +105,26 @@ class RowCodes:
         tiny = ir.Constant(FLOAT32, TINY)
         limit = b.select(b.fcmp_ordered("<", limit, tiny), tiny, limit)  # a NaN stays
         b.write(b.fdiv(limit, ir.Constant(FLOAT32, MAX_CODE)), b.at(self._units, group, FLOAT32))
-        factor = b.spread(b.fdiv(ir.Constant(FLOAT32, MAX_CODE), limit))
-        code_sum = b.variable(b.all_lanes(b.words, 0))
+        return b.fdiv(ir.Constant(FLOAT32, MAX_CODE), limit)
+
+    def found(self, group: ir.Value, first: ir.Value, factor: ir.Value) -> ir.Value:
+        """The codes of a vector of a group's numbers, from its number `first` on, as words."""
+        numbers = self.b.read(self.b.at(self._numbers(group), first, FLOAT32), self.b.floats)
+        return self.b.nearest(self.b.fmul(numbers, self.b.spread(factor)))
+
+    def as_bytes(self, words: ir.Value) -> ir.Value:
+        return self.b.trunc(words, ir.VectorType(BYTE, self.b.lanes))
+
+    def _numbers(self, group: ir.Value) -> ir.Value:
+        """Their address."""
+        return self.b.at(self._kernel.x, self.b.times(group, self.group_inputs), FLOAT32)
+
+    def _quantize(self, group: ir.Value, keep: KeepCodes) -> None:
+        """Number `group` of all groups of all rows."""
+        b = self.b
+        factor, code_sum = self.factor(group), b.variable(b.all_lanes(b.words, 0))
         with b.loop(0, self.group_inputs, b.lanes) as n:
-            found = b.nearest(b.fmul(b.read(b.at(numbers, n, FLOAT32), b.floats), factor))
+            found = self.found(group, n, factor)
             code_sum.set(b.add(code_sum.get(), found))
-            keep(b.trunc(found, ir.VectorType(BYTE, b.lanes)), group, n)
+            keep(self.as_bytes(found), group, n)
         b.write(b.sum(code_sum.get()), b.at(self._sums, group, WORD))

@@ -28,7 +28,8 @@ from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Prod
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
 WIDEST_LANES = 16
 FEW = 4  # rows that are multiplied with as many outputs at a time
-MANY_FLOATS = 8  # rows that stay in the first cache together; sixteen would not
+MANY = 8  # rows that stay in the first cache together; sixteen would not
+ROWS_TOGETHER = (MANY, FEW, 2, 1)
 ASKED_OUTPUTS = 4  # ahead, where several rows are multiplied together
 BLOCK_VECTORS = 48  # of each row: eight of them in 24 KB
 ALIKE_FLOATS = 1024  # numbers that lie so far from each other compete for the same places of the first cache
@@ -59,7 +60,7 @@ class _Part(NamedTuple):
 def moved_bytes(num_rows: int, num_inputs: int, lanes: int) -> int:
     """Of scratch for the rows of a `FloatProduct`."""
     block_inputs = BLOCK_VECTORS * lanes
-    if num_rows < MANY_FLOATS or num_inputs <= block_inputs:
+    if num_rows < MANY or num_inputs <= block_inputs:
         return 0
     return FLOAT_BYTES * num_rows * (num_inputs + ALIKE_FLOATS + block_inputs)
 
@@ -71,7 +72,6 @@ class DotProduct(Product):
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
     asked_bytes: ClassVar[int] = ASKED_BYTES
-    rows_together: ClassVar[tuple[int, ...]] = (16, 8, FEW, 2, 1)
     many_tile: ClassVar[tuple[int, int]] = (FEW, FEW)  # of more than a few rows, where vectors are wide: rows and outputs
 
     def multiply(self) -> None:
@@ -79,13 +79,13 @@ class DotProduct(Product):
         self.vector_inputs = self.lanes * self.lane_inputs
         self._whole_inputs = b.whole(self.inputs, self.vector_inputs)
         self._block_inputs = BLOCK_VECTORS * self.vector_inputs
-        self._kept_sums = b.room(self.rows_together[0] * SHARED_OUTPUTS * self.lanes, WORD)
+        self._kept_sums = b.room(MANY * SHARED_OUTPUTS * self.lanes, WORD)
         self.prepare_rows()
         with self.shared(b.over(b.plus(self.outputs, SHARED_OUTPUTS - 1), SHARED_OUTPUTS)) as n:
             first = b.times(n, SHARED_OUTPUTS)
             last = b.at_most(b.plus(first, SHARED_OUTPUTS), self.outputs)
             row = self.multiply_many(first, last)
-            for num_rows in self.rows_together:
+            for num_rows in ROWS_TOGETHER:
                 end = b.plus(row, b.whole(b.sub(self.rows, row), num_rows))
                 with b.loop(row, end, num_rows) as first_row:
                     self._multiply_rows(_Part(first_row, num_rows, first, last))
@@ -228,8 +228,7 @@ class FloatProduct(DotProduct):
 
     lane_inputs = 1
     weight_number = row_number = FLOAT32
-    rows_together = (MANY_FLOATS, FEW, 2, 1)
-    many_tile = (MANY_FLOATS, 2)
+    many_tile = (MANY, 2)
 
     @property
     def sums(self) -> ir.VectorType:
@@ -240,7 +239,7 @@ class FloatProduct(DotProduct):
         after each other evict each other."""
         b = self.b
         self._rows, self._row_len = b.variable(self.x), b.variable(self.inputs)
-        are_many = b.icmp_signed(">=", self.rows, b.count(MANY_FLOATS))
+        are_many = b.icmp_signed(">=", self.rows, b.count(MANY))
         with b.if_then(b.and_(are_many, b.icmp_signed(">", self.inputs, b.count(self._block_inputs)))):
             self._rows.set(self.scratch)
             self._row_len.set(b.plus(b.whole(b.plus(self.inputs, ALIKE_FLOATS - 1), ALIKE_FLOATS), self._block_inputs))
@@ -299,7 +298,9 @@ class Int8Product(DotProduct):
     def prepare_rows(self) -> None:
         self._rows = RowCodes(self, self.inputs)
         self._many = ManyRows(self, self._rows)
-        self._rows.write(self._many.keep)
+        self._many.write_factors()
+        self._rows.write(self._rows.keep, first_group=self._many.num_rows)
+        self._many.write_codes()
 
     def multiply_many(self, first: ir.Value, last: ir.Value) -> ir.Value:
         self._many.multiply(first, last)
