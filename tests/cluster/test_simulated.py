@@ -105,11 +105,9 @@ def test_a_trace_has_a_row_a_stage_and_an_arrow_a_step(tmp_path: Path) -> None:
             computed[(event["args"]["micro_batch"], event["args"]["step"])][event["pid"]] = event
     whole = {step: stages for step, stages in computed.items() if len(stages) == 3}
     assert len(whole) >= 8
-    cut = [sorted(stages) for step, stages in computed.items() if step not in whole]
-    assert sum(stages[0] > 0 for stages in cut) <= 1, (
-        "one step may be on its way at the start: that which frees the sequence before"
+    assert len(computed) - len(whole) <= 3, (
+        "on their way: at the start that which frees the sequence before, at the end one of two"
     )
-    assert sum(stages[0] == 0 for stages in cut) <= 2, "and one of each micro-batch at the end"
     for stages in whole.values():
         assert stages[0]["ts"] < stages[1]["ts"] < stages[2]["ts"], "the clocks are aligned"
     flows = defaultdict(list)
