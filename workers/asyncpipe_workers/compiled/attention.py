@@ -28,7 +28,7 @@ seen at most; scratch has room for `scratch_bytes`.
 MAX_SUMS = 16  # vectors
 MAX_TOKENS = 4  # whose scores are computed at once
 LINE_BYTES = 64  # of a cache
-ASKED_BYTES = 4096  # ahead, into the second cache
+ASKED_BYTES = 4096  # ahead
 SPARE_VECTORS = 2  # behind a head's scores: the last vector may begin with the last score, and another follows it
 
 

@@ -15,7 +15,7 @@ ADDRESSES = ("x", "y", "weight", "scales", "bias", "scratch")
 COUNTS = ("rows", "inputs", "outputs", "row_bytes")
 """x (rows, inputs), y (rows, outputs) and bias are float32; row_bytes are from a row of the weight to the next."""
 
-ASKED_BYTES = 2048  # ahead: the second cache can wait for more of memory at once than the first
+ASKED_BYTES = 4096  # ahead
 
 SHARED_OUTPUTS = 64  # that a thread takes at once
 

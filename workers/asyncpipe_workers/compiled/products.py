@@ -30,7 +30,6 @@ WIDEST_LANES = 16
 FEW = 4  # rows that are multiplied with as many outputs at a time
 MANY = 8  # rows that stay in the first cache together; sixteen would not
 ROWS_TOGETHER = (MANY, FEW, 2, 1)
-ASKED_OUTPUTS = 4  # ahead, where several rows are multiplied together
 BLOCK_VECTORS = 48  # of each row: eight of them in 24 KB
 ALIKE_FLOATS = 1024  # numbers that lie so far from each other compete for the same places of the first cache
 
@@ -71,7 +70,7 @@ class DotProduct(Product):
     lane_inputs: ClassVar[int]
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
-    asked_bytes: ClassVar[int] = ASKED_BYTES
+    asked_outputs: ClassVar[int] = 4  # ahead at least, where several are multiplied together
     many_tile: ClassVar[tuple[int, int]] = (FEW, FEW)  # of more than a few rows, where vectors are wide: rows and outputs
 
     def multiply(self) -> None:
@@ -160,7 +159,8 @@ class DotProduct(Product):
         b, num = self.b, num or self.vector_inputs
         rows = [self.row_numbers(b.plus(tile.row, n)) for n in range(tile.num_rows)]
         weights = [self.weight_row(b.plus(tile.output, n)) for n in range(tile.num_outputs)]
-        asked = self.asked_bytes if tile.num_outputs == 1 else b.times(self.row_bytes, ASKED_OUTPUTS)
+        several = b.times(self.row_bytes, max(tile.num_outputs, self.asked_outputs))
+        asked = ASKED_BYTES if tile.num_outputs == 1 else several
         with b.loop(first, last, num) as n:
             numbers = [self._read(b.at(row, n, self.row_number), self.row_number, num) for row in rows]
             for o, weight in enumerate(weights):
@@ -229,6 +229,7 @@ class FloatProduct(DotProduct):
     lane_inputs = 1
     weight_number = row_number = FLOAT32
     many_tile = (MANY, 2)
+    asked_outputs = 2
 
     @property
     def sums(self) -> ir.VectorType:
@@ -267,7 +268,7 @@ class Float16Product(FloatProduct):
 
     features = HALF_FEATURES
     weight_number = FLOAT16
-    asked_bytes = ASKED_BYTES // 2  # a vector of 32 bits for each lane takes half as many, and asks as often
+    asked_outputs = 4
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         return self.b.fpext(numbers, self.b.floats)
@@ -277,7 +278,7 @@ class BFloat16Product(FloatProduct):
     """Weights in bfloat16, as in `Float16Product`: they are the first half of a float32."""
 
     weight_number = HALF_WORD
-    asked_bytes = Float16Product.asked_bytes
+    asked_outputs = Float16Product.asked_outputs
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         b = self.b
