@@ -110,13 +110,12 @@ def test_steps_whose_tokens_come_together_are_as_many_round_trips() -> None:
                 num_sequences=4,
                 issued_at_s=now_s,
                 at_s=now_s + seconds,
-                steps_s=0.01,
                 num_steps=num_steps,
             )
             now_s += seconds
 
     def best() -> int:
-        return trials.best([2, 1], num_sequences=4, steps_s=0.01)
+        return trials.best([2, 1], num_sequences=4, steps_s=lambda _: 0.01)
 
     observe(2, seconds=0.02, num_steps=1, times=ENOUGH)
     assert best() == 2, "one more is needed"

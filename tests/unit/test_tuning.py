@@ -6,7 +6,7 @@ import pytest
 
 from asyncpipe.wire.messages import MAX_STEPS_AT_ONCE, StageTiming
 from asyncpipe_coordinator.core.efficiency import EfficiencyMeter
-from asyncpipe_coordinator.core.trials import ENOUGH, STALE
+from asyncpipe_coordinator.core.trials import ENOUGH, NUM_RECENT, STALE
 from asyncpipe_coordinator.core.tuning import Tuner
 
 MS = 1000  # in microseconds
@@ -14,11 +14,17 @@ MS = 1000  # in microseconds
 
 def tuned(stage_ms: list[float], *, overhead_ms: float, rows: tuple[int, ...] = (8,), per_row_ms: float = 0.0) -> Tuner:
     tuner = Tuner(len(stage_ms))
+    measure(tuner, stage_ms, overhead_ms=overhead_ms, rows=rows, per_row_ms=per_row_ms)
+    return tuner
+
+
+def measure(
+    tuner: Tuner, stage_ms: list[float], *, overhead_ms: float, rows: tuple[int, ...] = (8,), per_row_ms: float = 0.0
+) -> None:
     for count in rows * 20:
         times_us = [int((ms + count * per_row_ms) * MS) for ms in stage_ms]
         round_trip_s = sum(times_us) / 1e6 + overhead_ms / 1e3
         tuner.observe(num_rows=count, timings=[StageTiming(0, us) for us in times_us], round_trip_s=round_trip_s)
-    return tuner
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,17 @@ def test_turns_are_judged_by_the_work_of_as_many_sequences() -> None:
     round_trips(tuner, 2, *[20.0] * ENOUGH, num_sequences=15)
     round_trips(tuner, 1, *[18.0] * ENOUGH, num_sequences=9)
     assert chosen(tuner, num_sequences=9) == 2
+
+
+def test_round_trips_of_different_times_are_judged_by_one_measure() -> None:
+    """What is known of the stages' times changes. That does not make the round trips longer that are measured after it."""
+    tuner = tuned([10.0, 10.0], overhead_ms=1.0)
+    round_trips(tuner, 2, *[20.0] * ENOUGH)
+    round_trips(tuner, 1, *[16.0] * ENOUGH)
+    assert chosen(tuner) == 1
+    measure(tuner, [5.0, 5.0], overhead_ms=1.0, rows=(8, 8))
+    round_trips(tuner, 1, *[16.0] * NUM_RECENT)
+    assert chosen(tuner) == 1
 
 
 def test_turns_are_not_tried_where_a_trial_would_take_long() -> None:

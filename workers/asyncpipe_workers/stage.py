@@ -264,14 +264,14 @@ class StageActor(Actor):
             self._report(error)
             return
         start_ns, end_ns = output.began_ns or timed.start_ns, output.ended_ns or timed.end_ns
-        num_steps = step.delta.num_steps if self._is_whole_pipeline else 1
-        self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns, num_steps=num_steps)
         timing = StageTiming(max(start_ns - arrived_ns, 0) // 1000, (end_ns - start_ns) // 1000)
         timings = (*step.timings, timing)
         if self._is_last:
             self._answer(step, timings, output, end_ns)
         else:
             self._pass_on(step, timings, output)
+        num_steps = step.delta.num_steps if self._is_whole_pipeline else 1
+        self._recorder.computed(step, start_ns=start_ns, end_ns=end_ns, num_steps=num_steps)
 
     def _pass_on(self, step: Step, timings: tuple[StageTiming, ...], output: StageOutput) -> None:
         posted = None if output.posted is None else self._links.send(output.posted, self._on_link_failed)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 NUM_RECENT = 16  # round trips whose median counts
 ENOUGH = 8  # of them to go by
@@ -22,17 +23,26 @@ MOST_TRIED_S = 1.0  # a round trip, to try another number at all: longer steps h
 WORTH_TRYING = 0.05  # round trips must be so much shorter than with the number that was computed
 
 
+StepsSeconds: TypeAlias = Callable[[int], float]
+"""What all stages should take for one step of so many sequences, as far as is known now."""
+
+
+class _RoundTrip(NamedTuple):
+    seconds: float
+    num_sequences: int
+
+
 @dataclass(slots=True)
 class _RoundTrips:
-    """With one number of micro-batches, as multiples of what one step of all sequences should take on all stages: so that
-    numbers of sequences that are nearly alike can be compared."""
+    """With one number of micro-batches."""
 
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    recent: deque[_RoundTrip] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     last: int = 0  # when one was seen, counted in round trips
 
-    @property
-    def typical(self) -> float:
-        return statistics.median(self.recent)
+    def typical(self, steps_s: StepsSeconds) -> float:
+        """In multiples of what a step should take, so that numbers of sequences that are nearly alike can be compared: all by
+        one measure, for that changes as more is measured."""
+        return statistics.median(trip.seconds / steps_s(trip.num_sequences) for trip in self.recent)
 
 
 @dataclass(slots=True)
@@ -49,12 +59,10 @@ class Trials:
         num_sequences: int,
         issued_at_s: float,
         at_s: float,
-        steps_s: float,
         num_steps: int = 1,
     ) -> None:
         """A step is back, or several that went round by themselves, while `num_sequences` decode in it and beside it: 0 while
-        others do something else. What has waited for something else does not count. `steps_s` is what all stages should take
-        for a step of all of them."""
+        others do something else. What has waited for something else does not count."""
         load = num_sequences, num_micro_batches
         if load != self._load:
             self._load, self._same_since_s = load, at_s
@@ -64,17 +72,17 @@ class Trials:
                 trips.recent.clear()
             self._num_seen += num_steps
             trips.last = self._num_seen
-            trips.recent.extend([(at_s - issued_at_s) / num_steps / steps_s] * num_steps)
+            trips.recent.extend([_RoundTrip((at_s - issued_at_s) / num_steps, num_sequences)] * num_steps)
 
-    def best(self, candidates: Sequence[int], *, num_sequences: int, steps_s: float) -> int:
+    def best(self, candidates: Sequence[int], *, num_sequences: int, steps_s: StepsSeconds) -> int:
         """Of these numbers of micro-batches, each of which holds all sequences; the first is the one that was computed."""
         trips = {count: self._seen.get((num_sequences.bit_length(), count)) for count in candidates}
-        typical = {count: seen.typical for count, seen in trips.items() if seen is not None and self._is_enough(seen)}
+        typical = {count: seen.typical(steps_s) for count, seen in trips.items() if seen is not None and self._is_enough(seen)}
         computed = candidates[0]
         if computed not in typical:
             return computed
         unknown = [count for count in candidates if count not in typical]
-        if unknown and typical[computed] * steps_s < MOST_TRIED_S:
+        if unknown and typical[computed] * steps_s(num_sequences) < MOST_TRIED_S:
             return unknown[0]
         quickest = min(typical, key=lambda count: typical[count])
         return quickest if typical[quickest] < typical[computed] * (1 - WORTH_TRYING) else computed

@@ -154,7 +154,6 @@ class Tuner:
                 issued_at_s=issued_at_s,
                 at_s=at_s,
                 num_steps=num_steps,
-                steps_s=self._steps_s(num_sequences),
             )
 
     def _steps_s(self, num_rows: float) -> float:
@@ -210,7 +209,7 @@ class Tuner:
             return computed
         counts = (min(count, num_sequences) for count in (computed, self.num_stages, 1))
         candidates = list(dict.fromkeys(count for count in counts if count * max_sequences >= num_sequences))
-        best = self._trials.best(candidates, num_sequences=num_sequences, steps_s=self._steps_s(num_sequences))
+        best = self._trials.best(candidates, num_sequences=num_sequences, steps_s=self._steps_s)
         return computed if best == candidates[0] else best
 
     def _computed(self, *, num_sequences: int, max_sequences: int, most: int) -> int:
