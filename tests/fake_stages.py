@@ -33,6 +33,7 @@ class Answer:
     epoch: int
     step: int
     token_ids: tuple[int, ...]
+    num_rows: int  # that are computed for it
 
 
 class FakeStages:
@@ -98,7 +99,7 @@ class FakeStages:
         sampled = self._sampled([self.sequences[number] for number in members], delta.num_steps)
         if self._num_stages == 1 or step.is_gathered:
             sampled = [tuple(token_id for tokens in sampled for token_id in tokens)]
-        answers = (Answer(step.epoch, step.step + number, tokens) for number, tokens in enumerate(sampled))
+        answers = (Answer(step.epoch, step.step + number, tokens, delta.num_rows) for number, tokens in enumerate(sampled))
         self.in_flight[step.micro_batch] = deque(answers)
         if delta.num_steps > 1:
             self._going_on.add(step.micro_batch)

@@ -76,12 +76,12 @@ class PipelineModel(RuleBasedStateMachine):
         return Machine(limits(self.schedule, micro_batches=micro_batches, num_stages=self.num_stages))
 
     def handle(self, event: events.Event) -> None:
-        is_one_alone = False
+        alone = None
         for command in self.machine.handle(event):
             match command:
                 case commands.IssueStep(step):
                     assert self.stages is not None
-                    is_one_alone |= step.is_alone
+                    alone = step.micro_batch if step.is_alone else alone
                     assert step.epoch == self.epoch
                     assert step.delta.num_rows <= self.most_rows()
                     self.stages.take(step)
@@ -93,10 +93,11 @@ class PipelineModel(RuleBasedStateMachine):
                     assert command.request_id in self.prompts
                     assert command.request_id not in self.ended, "a request ended twice"
                     self.ended.add(command.request_id)
-        if is_one_alone:
+        if alone is not None:
             assert self.num_stages > 1
             assert self.stages is not None
-            assert len(self.stages.in_flight) == 1, "a step that is alone has company"
+            others = [answers for index, answers in self.stages.in_flight.items() if index != alone]
+            assert not any(answers[0].num_rows for answers in others), "a step that is alone has company"
 
     def most_rows(self) -> int:
         """Static batching computes whole prompts."""

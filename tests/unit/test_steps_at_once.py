@@ -134,6 +134,17 @@ def test_a_newcomer_takes_the_micro_batch_that_rests() -> None:
     assert (going_on.micro_batch, going_on.delta.token_ids) == (1, (31,)), "the other one's steps are not waited for"
 
 
+def test_steps_come_one_by_one_while_a_prompt_is_at_its_end_for_then_who_is_where_may_change() -> None:
+    core = machine(num_stages=2)
+    (first,) = steps(core.handle(submitted("a", max_new_tokens=8)))
+    (second,) = steps(core.handle(submitted("b", max_new_tokens=8)))
+    (beside_a_prompt,) = steps(answer(core, first, 21, at_s=0.003))
+    assert (beside_a_prompt.micro_batch, beside_a_prompt.delta.num_steps) == (0, 1)
+    (going_on,) = steps(answer(core, second, 31, at_s=0.003))
+    assert going_on.micro_batch == 1
+    assert going_on.delta.num_steps > 1
+
+
 @pytest.mark.parametrize("by_its_client", [True, False])
 def test_who_ends_is_computed_to_the_last_of_the_steps_and_keeps_its_blocks_until_then(by_its_client: bool) -> None:
     core, step = ring_after_a_token()

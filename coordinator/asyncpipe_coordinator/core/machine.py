@@ -387,16 +387,25 @@ class Machine:
         """That may be issued at once. With fewer sequences than micro-batches a newcomer finds one that rests."""
         books, limits = self._books, self.limits
         take_turns = limits.num_stages == 1 and books.num_open > 1
-        if not self._is_ring or limits.schedule is not Schedule.CONTINUOUS or take_turns:
+        if not self._is_ring or limits.schedule is not Schedule.CONTINUOUS or take_turns or self._is_settling:
             return 1
         holds_up = books.num_admitted + len(books.waiting) >= books.num_open
         return self.tuner.steps_at_once(len(micro_batch.members), holds_up=holds_up)
 
+    @property
+    def _is_settling(self) -> bool:
+        """Who is in which micro-batch is about to change: prompts are at their end, or somebody is still in a spare one."""
+        batches = self._books.micro_batches
+        has_prompts = any(batch.in_flight.step.delta.chunks for batch in batches if batch.in_flight is not None)
+        return has_prompts or any(batch.members for batch in batches if self._books.is_spare(batch))
+
     def _is_alone(self, micro_batch: MicroBatch) -> bool:
-        """Whether no other is in the pipeline, nor will be by what is known now."""
+        """Whether no other has anything to compute in the pipeline, nor will have by what is known now."""
         books = self._books
-        others = any(other.in_flight or other.members for other in books.micro_batches if other is not micro_batch)
-        return self.limits.num_stages > 1 and not (others or books.parked or books.num_uncomputed)
+        others = [batch for batch in books.micro_batches if batch is not micro_batch]
+        are_flying = any(other.in_flight.step.delta.num_rows for other in others if other.in_flight is not None)
+        will_fly = any(other.members for other in others) or books.parked or books.num_uncomputed
+        return self.limits.num_stages > 1 and not (are_flying or will_fly)
 
     def _idle_prefill(self) -> int:
         """Of prompts, for a step in which nobody decodes. What is brought here for each step is brought as seldom as can be."""
