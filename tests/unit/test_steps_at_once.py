@@ -134,8 +134,8 @@ def test_a_newcomer_takes_the_micro_batch_that_rests() -> None:
     assert (going_on.micro_batch, going_on.delta.token_ids) == (1, (31,)), "the other one's steps are not waited for"
 
 
-def test_steps_come_one_by_one_while_a_prompt_is_at_its_end_for_then_who_is_where_may_change() -> None:
-    core = machine(num_stages=2)
+def test_steps_come_one_by_one_while_the_last_prompt_is_at_its_end_for_then_who_is_where_may_change() -> None:
+    core = machine(num_stages=2, num_micro_batches=None, shares_memory=True)
     (first,) = steps(core.handle(submitted("a", max_new_tokens=8)))
     (second,) = steps(core.handle(submitted("b", max_new_tokens=8)))
     (beside_a_prompt,) = steps(answer(core, first, 21, at_s=0.003))

@@ -394,10 +394,12 @@ class Machine:
 
     @property
     def _is_settling(self) -> bool:
-        """Who is in which micro-batch is about to change: prompts are at their end, or somebody is still in a spare one."""
+        """Somebody is still in a spare micro-batch; or the last prompts are at their end, when another number may be best."""
         batches = self._books.micro_batches
+        if any(batch.members for batch in batches if self._books.is_spare(batch)):
+            return True
         has_prompts = any(batch.in_flight.step.delta.chunks for batch in batches if batch.in_flight is not None)
-        return has_prompts or any(batch.members for batch in batches if self._books.is_spare(batch))
+        return self._may_try and has_prompts and not self._books.num_uncomputed
 
     def _is_alone(self, micro_batch: MicroBatch) -> bool:
         """Whether no other has anything to compute in the pipeline, nor will have by what is known now."""
