@@ -234,7 +234,7 @@ def draw(found: Mapping[str, Findings], path: Path) -> None:
 def _draw_bars(axis: Any, medians: Mapping[str, Rates], *, title: str) -> None:
     labels = [f"{ENGINE_NAMES[CASES[name].engine]} {name.partition('_')[2].replace('_2x1', ', 2 stages')}" for name in medians]
     bars = axis.barh(labels, [rate.decode for rate in medians.values()], color=[COLORS[CASES[name].engine] for name in medians])
-    axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+    axis.bar_label(bars, fmt=lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", padding=2, fontsize=7)
     axis.set_title(title, loc="left", fontsize=10)
     axis.tick_params(labelsize=8)
     axis.margins(x=0.15)
