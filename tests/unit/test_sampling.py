@@ -22,7 +22,9 @@ from transformers.generation.logits_process import (
 )
 
 from asyncpipe.wire.messages import Sampling
-from asyncpipe_workers.sampling import LIKELY, Sampled, Sampler, sample, score, uniforms_of
+from asyncpipe_workers import drawing
+from asyncpipe_workers.drawing import weights_of
+from asyncpipe_workers.sampling import Sampled, Sampler, chosen, sample, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,24 +33,23 @@ ALMOST_ONE = 1 - 2.0**-53
 HALVES = [torch.bfloat16, torch.float16]
 
 
-class SteeredSampler(Sampler):
-    """Knows between whom it was last decided; with `uniform`, that decides between the likely tokens and the others."""
-
-    uniform: float | None = None
-
-    def _uniform(self) -> float:
-        return super()._uniform() if self.uniform is None else self.uniform
-
-    def _winner(self, ids_N: torch.Tensor, scaled_N: torch.Tensor) -> int:
-        self.candidates = ids_N, scaled_N
-        return super()._winner(ids_N, scaled_N)
+@pytest.fixture(params=["compiled", "torch"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws by a compiled kernel, and where there is none."""
+    if request.param == "torch":
+        monkeypatch.setattr(drawing, "compiled_draw", lambda: None)
+    elif drawing.compiled_draw() is None:
+        pytest.skip("no kernels are compiled here")
 
 
-def new(
-    prompt: Sequence[int] = (1,), generated: Sequence[int] = (), *, ends: Sequence[int] = (), **options: Any
-) -> SteeredSampler:
+def new(prompt: Sequence[int] = (1,), generated: Sequence[int] = (), *, ends: Sequence[int] = (), **options: Any) -> Sampler:
     sampling = Sampling(**({"temperature": 1.0} | options))
-    return SteeredSampler(sampling, [*prompt, *generated], num_prompt=len(prompt), eos_token_ids=frozenset(ends))
+    return Sampler(sampling, [*prompt, *generated], num_prompt=len(prompt), eos_token_ids=frozenset(ends))
+
+
+def choose(sampler: Sampler, logits_V: torch.Tensor) -> int:
+    (token_id,) = sample(logits_V[None], [sampler]).token_ids
+    return token_id
 
 
 def random_logits(size: int, *, seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -72,28 +73,29 @@ def hugging_face(logits_V: torch.Tensor, token_ids: Sequence[int], options: dict
     return scores_1V[0].softmax(dim=-1)
 
 
-def probabilities(sampler: SteeredSampler, logits_V: torch.Tensor) -> torch.Tensor:
+def probabilities(sampler: Sampler, logits_V: torch.Tensor) -> torch.Tensor:
     """Of each token, (V,): the weights that it races with, and how often it may."""
+    scores_V = logits_V.float()
+    if sampler.changes_logits:
+        scores_V = scores_V.clone()
+        sampler.change(scores_V)
 
-    def candidates(uniform: float) -> tuple[torch.Tensor, torch.Tensor]:
-        sampler.uniform = uniform
-        sampler.choose(logits_V)
-        return sampler.candidates
+    def racing(uniform: float) -> torch.Tensor:
+        (weights_V,) = weights_of(scores_V[None], [sampler.draw._replace(uniform=uniform)])
+        return weights_V
 
-    (likely, likely_scaled), (others, others_scaled) = candidates(0.0), candidates(ALMOST_ONE)
-    weights_V = torch.zeros(len(logits_V), dtype=torch.float64)
-    weights_V[others], weights_V[likely] = others_scaled.exp(), likely_scaled.exp()
-    probabilities_V = weights_V / weights_V.sum()
-    if not torch.equal(likely, others):
-        assert not set(likely.tolist()) & set(others.tolist())
-        share = float(probabilities_V[likely].sum())
-        assert torch.equal(candidates(share - 1e-9)[0], likely)
-        assert torch.equal(candidates(share + 1e-9)[0], others)
-    sampler.uniform = None
+    likely_V, others_V = racing(0.0), racing(ALMOST_ONE)
+    if torch.equal(likely_V, others_V):
+        return likely_V / likely_V.sum()
+    assert not (likely_V * others_V).any()
+    probabilities_V = (likely_V + others_V) / (likely_V + others_V).sum()
+    share = float(probabilities_V[likely_V > 0].sum())
+    assert torch.equal(racing(share - 1e-9), likely_V)
+    assert torch.equal(racing(share + 1e-9), others_V)
     return probabilities_V
 
 
-def assert_draws_follow(expected_V: torch.Tensor, sampler: SteeredSampler, logits_V: torch.Tensor) -> None:
+def assert_draws_follow(expected_V: torch.Tensor, sampler: Sampler, logits_V: torch.Tensor) -> None:
     found_V = probabilities(sampler, logits_V)
     assert not found_V[expected_V == 0].any(), "a token may be drawn that cannot be"
     torch.testing.assert_close(found_V, expected_V.double(), rtol=1e-5, atol=1e-12)
@@ -156,11 +158,7 @@ def test_tokens_come_as_often_as_hugging_face_says(options: dict[str, Any]) -> N
 )
 def test_of_a_large_vocabulary_the_right_tokens_are_kept(scale: float, options: dict[str, Any]) -> None:
     logits_V = random_logits(LARGE, seed=5, scale=scale)
-    probabilities_V = hugging_face(logits_V, [1], options)
-    sampler = new(**options)
-    if scale <= 1.0 and "top_k" not in options:
-        assert (probabilities_V > 0).sum() > LIKELY, "the case is not what it should be"
-    assert_draws_follow(probabilities_V, sampler, logits_V)
+    assert_draws_follow(hugging_face(logits_V, [1], options), new(**options), logits_V)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
@@ -169,12 +167,13 @@ def test_a_large_vocabulary_without_limits_is_drawn_from_as_a_whole(scale: float
     assert_draws_follow(logits_V.double().softmax(dim=-1), new(), logits_V)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("size", "scale"), [(4, 1.0), (SMALL, 2.0), (SMALL, 5.0)])
 def test_tokens_win_as_often_as_they_weigh(size: int, scale: float) -> None:
     """Pearson's test, over the tokens that are expected often enough for it; the others together are one more."""
     logits_V, num = random_logits(size, seed=1, scale=scale), 4000
     expected_V = logits_V.double().softmax(dim=-1) * num
-    counts = Counter(new(seed=seed).choose(logits_V) for seed in range(num))
+    counts = Counter(choose(new(seed=seed), logits_V) for seed in range(num))
     counts_V = torch.tensor([counts[token_id] for token_id in range(size)], dtype=torch.float64)
     is_rare_V = expected_V < 20
     expected = torch.cat([expected_V[~is_rare_V], expected_V[is_rare_V].sum()[None]]) + 1e-9
@@ -183,20 +182,7 @@ def test_tokens_win_as_often_as_they_weigh(size: int, scale: float) -> None:
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 4
 
 
-def test_random_numbers_are_even_and_depend_on_every_bit_of_key_and_id() -> None:
-    ids = torch.arange(LARGE)
-    for key in (0, 1, 2**63, 2**64 - 1):
-        numbers = uniforms_of(key, ids)
-        assert 0 < float(numbers.min()) < 1e-3
-        assert 1 - 1e-3 < float(numbers.max()) < 1
-        assert abs(float(numbers.mean()) - 0.5) < 0.005
-        assert abs(float((numbers * numbers.roll(1)).mean()) - 0.25) < 0.005, "neighbours are alike"
-        assert torch.equal(uniforms_of(key, ids[1000:1010]), numbers[1000:1010])
-        for bit in range(64):
-            other = uniforms_of(key ^ (1 << bit), ids)
-            assert abs(float((numbers * other).mean()) - 0.25) < 0.01, f"bit {bit} of the key"
-
-
+@pytest.mark.usefixtures("each_way")
 def test_rounding_changes_no_draw() -> None:
     """Logits as different as those of decoding and of computing the same tokens again. By a running sum over the vocabulary
     some two dozen of these draws would change."""
@@ -204,7 +190,7 @@ def test_rounding_changes_no_draw() -> None:
     for number in range(20):
         logits_V = random_logits(LARGE, seed=number, scale=3.0)
         rounded_V = logits_V * (1 + 1e-6 * torch.randn(LARGE, generator=generator))
-        num_changed += sum(new(seed=seed).choose(logits_V) != new(seed=seed).choose(rounded_V) for seed in range(100))
+        num_changed += sum(choose(new(seed=seed), logits_V) != choose(new(seed=seed), rounded_V) for seed in range(100))
     assert num_changed == 0
 
 
@@ -235,7 +221,7 @@ def test_tokens_that_are_pushed_are_penalized() -> None:
     sampler = new([1, 1], temperature=0.0, frequency_penalty=1.0)
     chosen = []
     for _ in range(5):
-        chosen.append(sampler.choose(logits_V))
+        chosen.append(choose(sampler, logits_V))
         sampler.push(chosen[-1])
     assert chosen == [1, 1, 2, 0, 1]  # of equals, the first
     assert (sampler.num_generated, sampler.num_tokens) == (5, 7)
@@ -246,7 +232,7 @@ def test_logit_bias_is_added_and_unknown_tokens_are_ignored() -> None:
     bias = {0: 2.5, 7: -1.0, SMALL - 1: 3.0, SMALL: 100.0, 2**31 - 1: 100.0}
     expected_V = changed(logits_V, {token_id: value for token_id, value in bias.items() if token_id < SMALL})
     assert_draws_follow(expected_V, new(logit_bias=bias), logits_V)
-    assert new(logit_bias={17: 100.0}, temperature=0.0).choose(logits_V) == 17
+    assert choose(new(logit_bias={17: 100.0}, temperature=0.0), logits_V) == 17
     likeliest = int(logits_V.argmax())
     assert probabilities(new(logit_bias={likeliest: -100.0}), logits_V)[likeliest] < 1e-40
 
@@ -268,9 +254,10 @@ def test_no_end_comes_before_min_tokens(num_generated: int) -> None:
     prompt, generated = [7] * 5, [8] * num_generated
     banned = {token_id: -float("inf") for token_id in (0, first, second, third, fourth) if is_early}
     assert_draws_follow(changed(logits_V, banned), new(prompt, generated, **options), logits_V)
-    assert new(prompt, generated, temperature=0.0, **options).choose(logits_V) == (fifth if is_early else first)
+    assert choose(new(prompt, generated, temperature=0.0, **options), logits_V) == (fifth if is_early else first)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(
     "options", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0, "top_k": 1}, {"top_p": 1e-9, "temperature": 100.0}], ids=str
@@ -281,15 +268,16 @@ def test_one_candidate_is_the_greedy_choice(options: dict[str, Any], dtype: torc
         logits_V = random_logits(size, seed=seed, scale=scale).to(dtype)
         logits_V[size // 3 :: 7] = logits_V.max()  # of equals, the first is the greedy choice
         for number in range(3):
-            assert new(seed=number, **options).choose(logits_V) == int(logits_V.argmax())
+            assert choose(new(seed=number, **options), logits_V) == int(logits_V.argmax())
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-308, 5e-324])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}], ids=str)
 def test_the_smallest_temperatures_are_greedy(temperature: float, options: dict[str, Any]) -> None:
     logits_V = torch.arange(2000.0).roll(77) - 1000
     for seed in range(5):
-        assert new(temperature=temperature, seed=seed, **options).choose(logits_V) == 76
+        assert choose(new(temperature=temperature, seed=seed, **options), logits_V) == 76
 
 
 def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
@@ -306,13 +294,14 @@ def test_a_token_that_begins_where_top_p_ends_is_not_kept() -> None:
     assert probabilities(new(top_p=0.51), logits_V).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 40, "repetition_penalty": 1.3}, {"min_p": 0.05}], ids=str)
 def test_half_precision_logits_are_drawn_from_with_more_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
     halves_V = random_logits(LARGE, seed=8).to(dtype)
     for seed in range(20):
         sampler = new([1, 2, 3], seed=seed, **options)
-        assert sampler.choose(halves_V) == sampler.choose(halves_V.float())
+        assert choose(sampler, halves_V) == choose(sampler, halves_V.float())
     small_V = random_logits(SMALL, seed=8).to(dtype)
     assert_draws_follow(small_V.double().softmax(dim=-1), new(), small_V)
 
@@ -321,10 +310,11 @@ def draws(logits_V: torch.Tensor, *, seed: int, num: int, **options: Any) -> lis
     """A sequence of its own: the same logits each time."""
     sampler = new(seed=seed, **options)
     for _ in range(num):
-        sampler.push(sampler.choose(logits_V))
+        sampler.push(choose(sampler, logits_V))
     return sampler.token_ids[sampler.num_prompt :]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     logits_V = random_logits(SMALL, seed=9)
     for options in ({}, {"top_p": 0.9}, {"top_k": 20}):
@@ -334,10 +324,11 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
         assert len(set(of_seeds)) == len(of_seeds)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9999}], ids=str)
 def test_draws_are_even_over_seeds_over_positions_and_over_pairs_of_positions(options: dict[str, Any]) -> None:
     logits_V = torch.zeros(8)
-    over_seeds = [new(seed=seed, **options).choose(logits_V) for seed in range(4000)]
+    over_seeds = [choose(new(seed=seed, **options), logits_V) for seed in range(4000)]
     over_positions = draws(logits_V, seed=5, num=4000, **options)
     neighbours = [8 * first + second for first, second in zip(over_positions[::2], over_positions[1::2], strict=True)]
     for drawn, num_cells in ((over_seeds, 8), (over_positions, 8), (neighbours, 64)):
@@ -350,10 +341,10 @@ def test_draws_are_even_over_seeds_over_positions_and_over_pairs_of_positions(op
 def test_a_draw_depends_on_the_seed_and_the_number_of_generated_tokens_but_not_on_which_they_were() -> None:
     logits_V = random_logits(SMALL, seed=10)
     for num_generated in range(20):
-        one = new([1], [2] * num_generated, seed=3).choose(logits_V)
-        other = new([9, 8, 7, 6], list(range(num_generated)), seed=3).choose(logits_V)
+        one = choose(new([1], [2] * num_generated, seed=3), logits_V)
+        other = choose(new([9, 8, 7, 6], list(range(num_generated)), seed=3), logits_V)
         assert one == other
-    assert len({new([1], [2] * num_generated, seed=3).choose(logits_V) for num_generated in range(20)}) > 3
+    assert len({choose(new([1], [2] * num_generated, seed=3), logits_V) for num_generated in range(20)}) > 3
 
 
 MIXED: list[dict[str, Any]] = [
@@ -368,6 +359,7 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [SMALL, 5000])
 def test_neighbours_in_the_batch_and_the_order_of_rows_change_nothing(dtype: torch.dtype, size: int) -> None:
@@ -384,6 +376,7 @@ def test_neighbours_in_the_batch_and_the_order_of_rows_change_nothing(dtype: tor
         assert together.logprobs == tuple((alone[row].logprobs or (None,))[0] for row in rows)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 def test_the_logits_stay_as_they_are(dtype: torch.dtype) -> None:
     logits_RV = random_logits(len(MIXED) * SMALL, seed=11).view(len(MIXED), SMALL).to(dtype)
@@ -447,7 +440,10 @@ def test_no_more_alternatives_are_given_than_there_are_tokens() -> None:
     assert scored.rank == 3
 
 
-def test_only_a_sampler_that_asks_for_nothing_is_plain() -> None:
-    assert new(temperature=0.0).is_plain
-    for options in ({"temperature": 0.5}, {"logprobs": 0}, {"min_tokens": 1}, {"logit_bias": {1: 1.0}}):
-        assert not new(**({"temperature": 0.0} | options)).is_plain
+def test_nothing_looks_at_a_number_before_all_are_chosen() -> None:
+    """Else a GPU's thread would wait: tensors on `meta` have shapes and no numbers."""
+    samplers = [new([row], [5, 6, 5], ends=[2], **options) for row, options in enumerate(MIXED)]
+    logits_RV = torch.empty(len(MIXED), SMALL, device="meta")
+    assert chosen(logits_RV, samplers).shape == (len(MIXED),)
+    with pytest.raises(RuntimeError, match="meta"):
+        sample(logits_RV, samplers)

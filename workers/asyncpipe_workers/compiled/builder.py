@@ -14,7 +14,7 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 
 BYTE, HALF_WORD, WORD, COUNT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-FLOAT16, FLOAT32 = ir.HalfType(), ir.FloatType()
+FLOAT16, FLOAT32, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 ADDRESS = ir.PointerType()
 NOTHING = ir.VoidType()
 
@@ -38,6 +38,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         super().__init__(block)
         self.lanes = lanes
         self.floats = ir.VectorType(FLOAT32, lanes)
+        self.doubles = ir.VectorType(DOUBLE, lanes)
         self.words = ir.VectorType(WORD, lanes)
         self.bytes = ir.VectorType(BYTE, 4 * lanes)
 
@@ -152,10 +153,11 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         """Of all lanes."""
         if x.type == self.words:
             return self.outside(f"llvm.vector.reduce.add.v{self.lanes}i32", WORD, x)
-        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
+        of, bits = (FLOAT32, 32) if x.type == self.floats else (DOUBLE, 64)
+        name = f"llvm.vector.reduce.fadd.v{self.lanes}f{bits}"
         if name not in self.module.globals:
-            ir.Function(self.module, ir.FunctionType(FLOAT32, [FLOAT32, self.floats]), name)
-        return self.call(self.module.globals[name], [ir.Constant(FLOAT32, 0.0), x], fastmath=["reassoc"])
+            ir.Function(self.module, ir.FunctionType(of, [of, x.type]), name)
+        return self.call(self.module.globals[name], [ir.Constant(of, 0.0), x], fastmath=["reassoc"])
 
     def sums(self, vectors: Sequence[ir.Value]) -> ir.Value:
         """Of all lanes of each: a vector of as many numbers. They are a power of two of at most `lanes`."""
