@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from asyncpipe.wire.messages import Alternative, Sampling, TokenLogprobs
-from asyncpipe_workers.drawing import Draw, drawn, signed
+from asyncpipe_workers.drawing import Draw, drawn
 from asyncpipe_workers.indices import indices, numbers
 
 
@@ -56,15 +56,17 @@ class Sampler:
 
     @property
     def draw(self) -> Draw:
-        """Of the next token, if it is not greedy."""
+        """Of the next token, if it is not greedy: with random bits made from the seed and the number of tokens drawn before."""
         options = self.sampling
+        place = struct.pack("<QQ", options.seed or 0, self.num_generated)
+        uniform_bits, key = struct.unpack("<Qq", hashlib.blake2b(place, digest_size=16, person=b"draw").digest())
         return Draw(
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             min_p=options.min_p,
-            uniform=(self._random_bits(b"tier") >> 11) * 2.0**-53,
-            key=signed(self._random_bits(b"race")),
+            uniform=(uniform_bits >> 11) * 2.0**-53,
+            key=key,
         )
 
     def push(self, token_id: int) -> None:
@@ -88,11 +90,6 @@ class Sampler:
         if self.num_generated < options.min_tokens:
             ends = [token_id for token_id in self._ends if token_id < len(scores_V)]
             scores_V.index_fill_(0, indices(ends, device), -torch.inf)
-
-    def _random_bits(self, purpose: bytes) -> int:
-        """64 of them, from the seed and the number of tokens drawn before."""
-        place = struct.pack("<QQ", self.sampling.seed or 0, self.num_generated)
-        return int.from_bytes(hashlib.blake2b(place, digest_size=8, person=purpose).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
