@@ -41,7 +41,7 @@ def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     kernel = pytest.importorskip("asyncpipe_workers.compiled.kernel")
     compiler = pytest.importorskip("asyncpipe_workers.compiled.compiler")
     if request.param == 8:
-        for features in (kernel.FLOAT_FEATURES, kernel.HALF_FEATURES, kernel.BYTE_FEATURES):
+        for features in (kernel.FLOAT_FEATURES, kernel.HALF_FEATURES, kernel.BYTE_FEATURES, kernel.WORD_FEATURES):
             monkeypatch.delitem(features, 16)
         if not compiler.host_features().get("avxvnni"):
             monkeypatch.setitem(kernel.BYTE_FEATURES, 8, ["avx512vnni", "avx512vl"])

@@ -16,9 +16,9 @@ if platform.machine() != "x86_64":
     pytest.skip("products are compiled for x86-64 processors only", allow_module_level=True)
 
 
-from asyncpipe_workers.compiled import compiler
+from asyncpipe_workers.compiled import compiler, linears
 from asyncpipe_workers.compiled.compiler import lanes_of
-from asyncpipe_workers.compiled.int4_product import Int4Product
+from asyncpipe_workers.compiled.int4_product import Int4Product, WidenedInt4Product
 from asyncpipe_workers.compiled.linears import (
     FLOAT_PRODUCTS,
     CompiledFloatLinear,
@@ -27,11 +27,17 @@ from asyncpipe_workers.compiled.linears import (
     lay_out,
 )
 from asyncpipe_workers.compiled.product import Product
-from asyncpipe_workers.compiled.products import FloatProduct, Int8Product
+from asyncpipe_workers.compiled.products import FloatProduct, Int8Product, WidenedInt8Product
 
 FLOATS = {f"{dtype}".removeprefix("torch."): dtype for dtype in FLOAT_PRODUCTS}
 KINDS: dict[str, type[Product]] = {name: FLOAT_PRODUCTS[dtype] for name, dtype in FLOATS.items()}
-KINDS |= {"int8": Int8Product, "int4": Int4Product}
+KINDS_OF_CODES: dict[str, type[Product]] = {
+    "int8": Int8Product,
+    "int4": Int4Product,
+    "int8_widened": WidenedInt8Product,
+    "int4_widened": WidenedInt4Product,
+}
+KINDS |= KINDS_OF_CODES
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -49,14 +55,19 @@ def made(kind: str, weight: torch.Tensor, bias: torch.Tensor | None = None, grou
         lanes_of(KINDS[kind])
     except NotImplementedError as error:
         pytest.skip(str(error))
-    return CompiledFloatLinear(weight.to(FLOATS[kind]), bias) if kind in FLOATS else forms[kind]()
+    if kind in FLOATS:
+        return CompiledFloatLinear(weight.to(FLOATS[kind]), bias)
+    with pytest.MonkeyPatch.context() as patch:
+        for products in ("INT8_PRODUCTS", "INT4_PRODUCTS"):
+            patch.setattr(linears, products, (KINDS[kind],))
+        return forms[kind.removesuffix("_widened")]()
 
 
 def as_kept(kind: str, weight: torch.Tensor, group_size: int = 64) -> torch.Tensor:
     """What the quantized weight is worth."""
     if kind in FLOATS:
         return weight.to(FLOATS[kind]).float()
-    codec = RowCodec() if kind == "int8" else GroupCodec(group_size)
+    codec = RowCodec() if kind.startswith("int8") else GroupCodec(group_size)
     return codec.decode(codec.encode(weight), weight.shape[1], dtype=torch.float32)
 
 
@@ -93,17 +104,28 @@ def test_groups_of_four_bits_may_have_many_sizes(group_size: int) -> None:
 
 
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS_OF_CODES)
 def test_sums_of_integers_are_exact(kind: str) -> None:
     """Rows whose largest magnitude is 127 are their own codes; so is a weight of suitable numbers."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, (127, 256), generator=generator).float()
     x[:, ::32] = 127
-    high = 127 if kind == "int8" else 15
-    weight = torch.randint(-127 if kind == "int8" else 0, high + 1, (70, 256), generator=generator).float()
+    high = 127 if kind.startswith("int8") else 15
+    weight = torch.randint(-127 if kind.startswith("int8") else 0, high + 1, (70, 256), generator=generator).float()
     weight[:, ::64], weight[:, 1::64] = high, 0
     assert torch.equal(as_kept(kind, weight), weight)
     assert torch.equal(made(kind, weight)(x), x @ weight.t())
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_largest_sums_of_integers_are_there(kind: str) -> None:
+    """Where bytes are multiplied as numbers of 16 bits too, which do not hold products of two."""
+    weight, x = torch.full((70, 256), 127.0), torch.full((40, 256), 127.0)
+    weight[::2] *= -1
+    expected = made(kind, weight)(x)
+    assert torch.equal(expected[0], x[0] @ as_kept(kind, weight).t())
+    assert torch.equal(made(f"{kind}_widened", weight)(x), expected)
 
 
 @pytest.mark.usefixtures("lanes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from asyncpipe_workers import quickest
 from asyncpipe_workers.memory.quantization import GroupCodec, RowCodec
 from asyncpipe_workers.models import int4, kernels
 from asyncpipe_workers.models.int4 import Int4Linear
-from asyncpipe_workers.models.int8 import Int8Linear, pack_all
+from asyncpipe_workers.models.int8 import Int8Linear, pack_all, packed_sums_are_exact
 from asyncpipe_workers.models.kernels import FloatLinears, PackedLinear, PlainLinear, fits, quickest_form
 from asyncpipe_workers.models.quantized import QuantizedLinears, packed_forms
 from asyncpipe_workers.models.weights import Linear, TransposedLinear
@@ -137,8 +138,27 @@ def test_int8_is_the_same_before_and_after_packing(rows: int, has_bias: bool) ->
     linear = Int8Linear(RowCodec().encode(weight), 64, bias)
     before = linear(x)
     linear.pack()
-    assert linear._codes_IO is None, "there is no packed form on this processor"
+    assert (linear._codes_IO is None) == packed_sums_are_exact()
     assert torch.equal(linear(x), before)
+
+
+def test_int8_is_exact_for_the_largest_sums() -> None:
+    """Which do not fit into 16 bits: without VNNI there is no packed form, for its kernel would cut them off."""
+    linear, x = Int8Linear(RowCodec().encode(torch.full((16, 64), 127.0)), 64, None), torch.full((40, 64), 127.0)
+    expected = torch.full((40, 16), 64 * 127.0**2)
+    assert torch.equal(linear(x), expected)
+    linear.pack()
+    assert torch.equal(linear(x), expected)
+
+
+def test_int8_is_not_packed_where_sums_would_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
+    linear = Int8Linear(RowCodec().encode(numbers(96, 64)), 64, None)
+    linear.pack()
+    assert linear._codes_IO is not None
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert packed_sums_are_exact()
 
 
 def test_int8_may_be_packed_while_it_multiplies() -> None:

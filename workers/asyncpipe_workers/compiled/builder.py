@@ -27,16 +27,19 @@ EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0
 ERF_FACTOR, ERF_SERIES = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 EXPONENT_BIAS, MANTISSA_BITS = 127, 23
+WIDEST_LANES = 16
 
 Count: TypeAlias = ir.Value | int
 
 
 class Builder(ir.IRBuilder):  # type: ignore[misc]
-    """Of a function whose vectors have `lanes` 32-bit lanes."""
+    """Of a function whose vectors have `lanes` 32-bit lanes; `multiplies_bytes`: the processor has an instruction for that
+    (VNNI)."""
 
-    def __init__(self, block: ir.Block, lanes: int) -> None:
+    def __init__(self, block: ir.Block, lanes: int, *, multiplies_bytes: bool = True) -> None:
         super().__init__(block)
         self.lanes = lanes
+        self._multiplies_bytes = multiplies_bytes
         self.floats = ir.VectorType(FLOAT32, lanes)
         self.doubles = ir.VectorType(DOUBLE, lanes)
         self.words = ir.VectorType(WORD, lanes)
@@ -207,7 +210,18 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
 
     def dot_of_bytes(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
         """Each lane of `sums`, plus its four bytes of one times its four bytes of the other."""
-        return self.outside(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", self.words, sums, unsigned, signed)
+        if self._multiplies_bytes:
+            return self.outside(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", self.words, sums, unsigned, signed)
+        multiply = "llvm.x86.avx512.pmaddw.d.512" if self.lanes == WIDEST_LANES else "llvm.x86.avx2.pmadd.wd"
+        for own, other in zip(self._halves(unsigned, self.lshr), self._halves(signed, self.ashr), strict=True):
+            sums = self.add(sums, self.outside(multiply, self.words, own, other))
+        return sums
+
+    def _halves(self, numbers: ir.Value, shift: Callable[[ir.Value, ir.Value], ir.Value]) -> tuple[ir.Value, ir.Value]:
+        """Bytes as numbers of 16 bits: those of even places and those of odd ones."""
+        pairs = ir.VectorType(HALF_WORD, 2 * self.lanes)
+        both, by = self.bitcast(numbers, pairs), self.all_lanes(pairs, BYTE.width)
+        return shift(self.shl(both, by), by), shift(both, by)
 
     # --- control ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
@@ -83,6 +84,15 @@ def compiled(kind: type[Kernel], *arguments: Hashable) -> CompiledKernel:
     Raises NotImplementedError where `lanes_of` does.
     """
     return _compiled(kind, lanes_of(kind), *arguments)
+
+
+def first_compiled(kinds: Sequence[type[Kernel]], *arguments: Hashable) -> CompiledKernel:
+    """Of the first of these kinds that this processor can compute. Raises NotImplementedError if it can none of them."""
+    *preferred, last = kinds
+    for kind in preferred:
+        with contextlib.suppress(NotImplementedError):
+            return compiled(kind, *arguments)
+    return compiled(last, *arguments)
 
 
 @functools.cache

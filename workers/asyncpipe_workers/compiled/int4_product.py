@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, HALF_WORD, WORD, Count
-from asyncpipe_workers.compiled.kernel import BYTE_FEATURES
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, WORD_FEATURES
 from asyncpipe_workers.compiled.product import ASKED_BYTES, Product, RowCodes
 
 PANEL_VECTORS = 4
@@ -133,3 +133,10 @@ class Int4Product(Product):
         code_sum = b.sitofp(b.spread(b.read(self._rows.code_sum(row, group), WORD)), b.floats)
         total = b.fused(b.sitofp(sums, b.floats), b.fmul(step, unit), total)
         return b.fused(minimum, b.fmul(code_sum, unit), total)
+
+
+class WidenedInt4Product(Int4Product):
+    """The same, where bytes are multiplied as numbers of 16 bits."""
+
+    features = WORD_FEATURES
+    multiplies_bytes = False

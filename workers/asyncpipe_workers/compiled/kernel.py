@@ -15,10 +15,12 @@ from asyncpipe_workers.compiled.builder import ADDRESS, COUNT, NOTHING, WORD, Bu
 WORK = "work"
 OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
-# What vectors of so many 32-bit lanes need of a processor: for floats, for float16 or sums of bytes' products as well.
+# What vectors of so many 32-bit lanes need of a processor: for floats; for float16, or sums of products of bytes, or of 16 bits
+# each, as well.
 FLOAT_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma"]}
 HALF_FEATURES: dict[int, list[str]] = {16: ["avx512f"], 8: ["avx2", "fma", "f16c"]}
 BYTE_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw", "avx512vnni"], 8: ["avx2", "fma", "avxvnni"]}
+WORD_FEATURES: dict[int, list[str]] = {16: ["avx512f", "avx512bw"], 8: ["avx2", "fma"]}
 
 
 class Kernel(ABC):
@@ -26,13 +28,14 @@ class Kernel(ABC):
     counts, 64 bits each, where its own argument points to, and behind them a number that is zero at first."""
 
     features: ClassVar[dict[int, list[str]]] = FLOAT_FEATURES
+    multiplies_bytes: ClassVar[bool] = True  # or 16 bits, where there is no instruction for bytes
 
     def __init__(self, lanes: int, addresses: Sequence[str], counts: Sequence[str]) -> None:
         """Vectors are of `lanes` 32-bit lanes."""
         self.lanes = lanes
         self.module = ir.Module()
         work = ir.Function(self.module, ir.FunctionType(NOTHING, [ADDRESS]), WORK)
-        b = self.b = Builder(work.append_basic_block(), lanes)
+        b = self.b = Builder(work.append_basic_block(), lanes, multiplies_bytes=self.multiplies_bytes)
         types = dict.fromkeys(addresses, ADDRESS) | dict.fromkeys(counts, COUNT)
         self.arguments: dict[str, ir.Value] = {
             name: b.load(b.at(work.args[0], place, COUNT), typ=of) for place, (name, of) in enumerate(types.items())

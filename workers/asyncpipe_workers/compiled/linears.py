@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled
-from asyncpipe_workers.compiled.int4_product import UNROLLED, WORD_INPUTS, Int4Product, panel_size
+from asyncpipe_workers.compiled.compiler import CompiledKernel, compiled, first_compiled
+from asyncpipe_workers.compiled.int4_product import UNROLLED, WORD_INPUTS, Int4Product, WidenedInt4Product, panel_size
 from asyncpipe_workers.compiled.panels import LayOutPanels
 from asyncpipe_workers.compiled.product import code_bytes
 from asyncpipe_workers.compiled.products import (
@@ -21,12 +21,15 @@ from asyncpipe_workers.compiled.products import (
     Float16Product,
     FloatProduct,
     Int8Product,
+    WidenedInt8Product,
     moved_bytes,
 )
 from asyncpipe_workers.memory.quantization import MAX_FLOAT16, GroupCodec, RowCodec
 from asyncpipe_workers.tape import new_tensor
 
 FLOAT_PRODUCTS = {torch.float32: FloatProduct, torch.float16: Float16Product, torch.bfloat16: BFloat16Product}
+INT8_PRODUCTS = (Int8Product, WidenedInt8Product)  # the first for which the processor has the instructions
+INT4_PRODUCTS = (Int4Product, WidenedInt4Product)
 
 
 class CompiledLinear:
@@ -92,7 +95,7 @@ class CompiledInt8Linear(CompiledLinear):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
         scales_O = RowCodec().codes(packed, in_size).scales_R
         super().__init__(
-            compiled(Int8Product),
+            first_compiled(INT8_PRODUCTS),
             packed,
             scales_O,
             _bias(bias, len(packed)),
@@ -107,7 +110,7 @@ class CompiledInt4Linear(CompiledLinear):
     def __init__(self, codec: GroupCodec, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
         if codec.group_size % (UNROLLED * WORD_INPUTS) or in_size % codec.group_size:
             raise NotImplementedError(f"no compiled product for {in_size} inputs in groups of {codec.group_size}")
-        product = compiled(Int4Product, codec.group_size)
+        product = first_compiled(INT4_PRODUCTS, codec.group_size)
         steps_minima_OG2 = codec.scales_minima(packed, in_size).float()
         steps_minima_OG2[..., 0].reciprocal_()
         lowest, largest = steps_minima_OG2.aminmax()

@@ -20,13 +20,12 @@ from typing import ClassVar, NamedTuple
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WORD, Variable
-from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WIDEST_LANES, WORD, Variable
+from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES, WORD_FEATURES
 from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
 
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
-WIDEST_LANES = 16
 FEW = 4  # rows that are multiplied with as many outputs at a time
 MANY = 8  # rows that stay in the first cache together; sixteen would not
 ROWS_TOGETHER = (MANY, FEW, 2, 1)
@@ -323,3 +322,10 @@ class Int8Product(DotProduct):
         products = b.sitofp(b.sub(totals, too_much), ir.VectorType(FLOAT32, num))
         scales = b.fmul(self.of_outputs(self.scales, tile), self.of_rows(self._rows.unit(tile.row), FLOAT32, tile))
         return b.fused(products, scales, self.of_outputs(self.bias, tile))
+
+
+class WidenedInt8Product(Int8Product):
+    """The same, where bytes are multiplied as numbers of 16 bits."""
+
+    features = WORD_FEATURES
+    multiplies_bytes = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import threading
 import warnings
@@ -37,7 +38,8 @@ class Int8Linear:
     kernel for.
 
     On a CPU there is a quicker form, the same to the last bit, which takes longer to make than to read the weight from disk:
-    `pack`, which another thread may call while this computes.
+    `pack`, which another thread may call while this computes. x86-64 processors without VNNI go without it: its kernel adds up
+    products of two there in 16 bits, and cuts off those that do not fit.
     """
 
     def __init__(self, packed: torch.Tensor, in_size: int, bias: torch.Tensor | None) -> None:
@@ -53,7 +55,7 @@ class Int8Linear:
 
     def pack(self) -> None:
         """Where there is no such form, it stays as it is."""
-        if not self._is_on_cpu or self._codes_IO is None:
+        if not self._is_on_cpu or self._codes_IO is None or not packed_sums_are_exact():
             return
         zero_points_O = torch.zeros(len(self._scales_O), dtype=torch.long)
         with contextlib.suppress(RuntimeError):
@@ -82,6 +84,11 @@ class Int8Linear:
         if not self._is_on_cpu and len(codes_RI) < INT8_MIN_ROWS:
             codes_RI = F.pad(codes_RI, (0, 0, 0, INT8_MIN_ROWS - len(codes_RI)))
         return torch._int_mm(codes_RI, codes_IO)[: len(unit_RI)].float().mul_(self._out_steps_O)
+
+
+def packed_sums_are_exact() -> bool:
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)  # that of AVX-512; the kernel knows no other
+    return platform.machine() != "x86_64" or has_vnni()
 
 
 def pack_all(linears: Sequence[Int8Linear], stop: threading.Event) -> None:
