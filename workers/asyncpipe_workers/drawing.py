@@ -143,7 +143,7 @@ class CompiledDraw:
         from asyncpipe_workers.compiled.compiler import compiled
         from asyncpipe_workers.compiled.draw import DrawRows, scratch_bytes
 
-        self._kernel = compiled(DrawRows)
+        self._kernel = compiled(DrawRows, LIKELY_ABOVE)
         self._scratch_bytes = functools.partial(scratch_bytes, lanes=self._kernel.lanes)
 
     def __call__(self, logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -15,12 +15,12 @@ from llvmlite import ir
 
 from asyncpipe_workers.compiled.builder import COUNT, DOUBLE, FLOAT32, MIN_EXPONENT, WORD, Count, Variable
 from asyncpipe_workers.compiled.kernel import Kernel
-from asyncpipe_workers.drawing import GOLDEN, LAST_SHIFT, LIKELY_ABOVE, MIXING
+from asyncpipe_workers.drawing import GOLDEN, LAST_SHIFT, MIXING
 
 LISTS = 3  # of scratch: weights of all tokens; those of likely ones, and their ids
 LEAST_TEMPERATURE = 1e-30  # one over it is a float32
 CONDITION = ir.IntType(1)
-ZERO, LIKELY_WEIGHT, INFINITE = (ir.Constant(FLOAT32, number) for number in (0.0, math.exp(LIKELY_ABOVE), math.inf))
+ZERO, INFINITE = (ir.Constant(FLOAT32, number) for number in (0.0, math.inf))
 ONE_BITS = 0x3F800000  # of 1.0, which the likeliest token weighs
 
 
@@ -56,7 +56,8 @@ class DrawRows(Kernel):
     """logits (R, V) in float32, whose rows are `stride` numbers apart; `numbers` (R, 4), float64: a row's temperature, uniform,
     top_p and min_p; `wholes` (R, 2), int64: its top_k and key; `drawn` (R,), int64. Scratch has room for `scratch_bytes`."""
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, likely_above: float) -> None:
+        self._likely_weight = ir.Constant(FLOAT32, math.exp(likely_above))
         super().__init__(lanes, ("logits", "numbers", "wholes", "drawn", "scratch"), ("rows", "size", "stride"))
 
     def build(self) -> None:
@@ -77,10 +78,10 @@ class DrawRows(Kernel):
             with b.if_else(self._is_limited(top_k, top_p, min_p)) as (limited, unlimited):
                 with limited:
                     self._limit(kept, top_k, top_p, min_p)
-                    are_all.set(b.fcmp_ordered("<", kept.weight.get(), LIKELY_WEIGHT))
+                    are_all.set(b.fcmp_ordered("<", kept.weight.get(), self._likely_weight))
                 with unlimited:
                     is_likely = b.fcmp_ordered("<", b.fmul(uniform, b.fadd(self._likely, self._others)), self._likely)
-                    kept.below.set(b.select(is_likely, INFINITE, LIKELY_WEIGHT))
+                    kept.below.set(b.select(is_likely, INFINITE, self._likely_weight))
                     are_all.set(b.not_(is_likely))
             b.write(self._first(self._tokens(are_all.get()), kept, key), b.at(drawn, row, COUNT))
 
@@ -98,7 +99,7 @@ class DrawRows(Kernel):
         least = ir.Constant(DOUBLE, LEAST_TEMPERATURE)
         temperature = b.select(b.fcmp_ordered("<", temperature, least), least, temperature)
         factor = b.spread(b.fptrunc(b.fdiv(ir.Constant(DOUBLE, 1.0), temperature), FLOAT32))
-        zero, lowest, likely = (b.all_lanes(b.floats, number) for number in (0.0, MIN_EXPONENT, math.exp(LIKELY_ABOVE)))
+        zero, lowest, likely = (b.all_lanes(b.floats, number) for number in (0.0, MIN_EXPONENT, self._likely_weight.constant))
         sums = [b.variable(b.all_lanes(b.doubles, 0.0)) for _ in range(2)]
         num = b.variable(b.count(0))
         with b.loop(0, self._size, self.lanes) as n:
@@ -138,7 +139,7 @@ class DrawRows(Kernel):
         weight = b.read(b.at(self._weights, token, FLOAT32), FLOAT32)
         b.write(weight, b.at(self._likely_weights, num.get(), FLOAT32))
         b.write(b.trunc(token, WORD), b.at(self._likely_ids, num.get(), WORD))
-        num.set(b.plus(num.get(), b.zext(b.fcmp_ordered(">=", weight, LIKELY_WEIGHT), COUNT)))
+        num.set(b.plus(num.get(), b.zext(b.fcmp_ordered(">=", weight, self._likely_weight), COUNT)))
 
     def _is_any(self, are: ir.Value) -> ir.Value:
         mask = ir.IntType(self.lanes)
