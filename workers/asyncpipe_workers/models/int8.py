@@ -87,6 +87,7 @@ class Int8Linear:
 
 
 def packed_sums_are_exact() -> bool:
+    """On this processor, whatever the numbers."""
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)  # that of AVX-512; the kernel knows no other
     return platform.machine() != "x86_64" or has_vnni()
 
