@@ -74,6 +74,8 @@ def load_stage_memory(plan: LoadStage, device: torch.device) -> tuple[StageMemor
     if not 0 <= plan.first_layer < plan.last_layer or not 0 <= plan.stage < plan.num_stages:
         raise Invalid(f"stage {plan.stage} of {plan.num_stages} cannot hold layers {plan.first_layer} to {plan.last_layer}")
     model = find_model(plan.config_json, plan.model_impl)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else page-locked memory costs a context on the first card of this machine, too
     with contextlib.ExitStack() as resources:
         memory = _Loader(plan, device, model, resources).load()
         resources.pop_all()  # they are the memory's from now on

@@ -119,9 +119,9 @@ class StagingRing:
 
     def __init__(self, device: torch.device, *, num_buffers: int, buffer_bytes: int) -> None:
         self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._num_buffers = num_buffers if device.type == "cuda" else 0
         self._buffers = Buffers(num_buffers=self._num_buffers, buffer_bytes=buffer_bytes, pinned=device.type == "cuda")
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._num_unstaged = 0
 
     def to_host(self, tensor: torch.Tensor) -> HostCopy:

@@ -28,6 +28,9 @@ class Region:
     end: int
     is_free: bool = False
 
+    def overlaps(self, other: Region) -> bool:
+        return self.start < other.end and other.start < self.end
+
 
 class Ring:
     """`buffer` is (num_bytes,) uint8. `allocate` may wait on one thread while `free` is called on another."""

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from asyncpipe_workers.memory.disk import CHUNK_BYTES, DiskFile
 
+Mark = torch.cuda.Event | None
+"""In the work of a stream; None where work is done at once."""
+
 
 class Streams:
-    """On CUDA, bytes arrive on a stream of their own. An event says that they are there, another that computing is done with
-    what was there before; nothing waits for the whole device."""
+    """On CUDA, bytes arrive on a stream of their own. Events say when a unit is there, and when computing is done with it;
+    nothing waits for the whole device, nor for a unit other than the one that it needs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._loads = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
-        self._loaded: Any = None
-        self._computed: Any = None
+        self._device = device
+        self._loads = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._bounce = threading.local()
 
     def read(self, file: DiskFile, offset: int, target: torch.Tensor) -> None:
@@ -34,8 +34,7 @@ class Streams:
         file.read(offset, bounce.numpy().data)
         with torch.cuda.stream(self._loads):
             target.copy_(bounce, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied = self._loads.record_event()
         copied.synchronize()  # the bounce buffer may be used again
 
     @contextlib.contextmanager
@@ -44,26 +43,26 @@ class Streams:
         with torch.cuda.stream(self._loads) if self._loads is not None else contextlib.nullcontext():
             yield
 
-    def loaded(self) -> None:
-        """Within `loading`: the unit is complete."""
-        if self._loads is not None:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._loads)
-            self._loaded = event
+    def loaded(self) -> Mark:
+        """Everything that was begun to load until now."""
+        return None if self._loads is None else self._loads.record_event()
 
-    def await_loads(self) -> None:
-        """Computing waits for the last complete unit."""
-        if self._loaded is not None:
-            torch.cuda.current_stream().wait_event(self._loaded)
+    def computed(self) -> Mark:
+        """Everything that the calling thread has begun to compute until now."""
+        return None if self._loads is None else torch.cuda.current_stream(self._device).record_event()
 
-    def computed(self) -> None:
-        """Computing with a unit has been queued."""
-        if self._is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._computed = event
+    def compute_after(self, mark: Mark) -> None:
+        """What the calling thread computes from now on comes after it."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
 
-    def await_computed(self) -> None:
-        """Loads wait for what was computed with the memory before."""
-        if self._loads is not None and self._computed is not None:
-            self._loads.wait_event(self._computed)
+    def load_after(self, mark: Mark) -> None:
+        """Loads from now on come after it."""
+        if self._loads is not None and mark is not None:
+            self._loads.wait_event(mark)
+
+    def join(self) -> None:
+        """What comes next, on either side, comes after both."""
+        loaded, computed = self.loaded(), self.computed()
+        self.compute_after(loaded)
+        self.load_after(computed)

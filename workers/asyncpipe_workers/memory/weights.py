@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from asyncpipe.errors import AsyncPipeError, Invalid, Timeout
 from asyncpipe_workers.memory.disk import CHUNK_BYTES, DiskFiles, aligned_down, aligned_up, new_buffer
 from asyncpipe_workers.memory.ring import Region, Ring
 from asyncpipe_workers.memory.stored import Extent, StoredTable, StoredTensor
-from asyncpipe_workers.memory.streams import Streams
+from asyncpipe_workers.memory.streams import Mark, Streams
 from asyncpipe_workers.memory.transfers import TRANSFER_TIMEOUT_S, Cargo, TransferLog
 from asyncpipe_workers.models.units import Unit
 from asyncpipe_workers.models.weights import (
@@ -163,10 +164,23 @@ def _end(extent: Extent) -> int:
     return extent.offset + extent.num_bytes
 
 
-class _Loaded(NamedTuple):
+class _Loading(NamedTuple):
     unit: int
     region: Region
-    block: Future[Any]
+    built: Future[tuple[Any, Mark]]  # its block, and what computing with it comes after
+
+
+class _InUse(NamedTuple):
+    region: Region
+    block: Any
+
+
+class _Retired(NamedTuple):
+    """A block, which may have memory of its own, lives until what comes after it on the device waits for `computed`."""
+
+    region: Region
+    block: Any
+    computed: Mark
 
 
 class StreamedWeights:
@@ -197,8 +211,9 @@ class StreamedWeights:
         self.buffer_bytes = self._ring_bytes()
         self._ring = Ring(new_buffer(self.buffer_bytes, device))
         self._streams = Streams(device)
-        self._regions: dict[int, Region] = {}
-        self._loaded: queue.Queue[_Loaded | Exception] = queue.Queue()
+        self._in_use: dict[int, _InUse] = {}
+        self._retired: deque[_Retired] = deque()
+        self._loading: queue.Queue[_Loading | Exception] = queue.Queue()
         self._unpacking = ThreadPoolExecutor(1, thread_name_prefix="unpack")
         self._loader = threading.Thread(target=self._load_all, name="weights", daemon=True)
         if overlap and self._moving:
@@ -210,25 +225,27 @@ class StreamedWeights:
             if index not in self._blocks:
                 self._blocks[index] = plan.unit.build(_View(self, plan, None))
             return self._blocks[index]
-        loaded = self._next() if self._overlap else self._begin(index)
-        if loaded.unit != index:
-            raise Invalid(f"unit {index} is wanted, but unit {loaded.unit} comes next")
-        self._regions[index] = loaded.region
-        block = self._log.wait(Cargo.WEIGHTS, loaded.block, f"{plan.unit.name}'s weights")
-        self._streams.await_loads()
+        loading = self._next() if self._overlap else self._begin(index)
+        if loading.unit != index:
+            raise Invalid(f"unit {index} is wanted, but unit {loading.unit} comes next")
+        block, loaded = self._log.wait(Cargo.WEIGHTS, loading.built, f"{plan.unit.name}'s weights")
+        self._in_use[index] = _InUse(loading.region, block)
+        self._streams.compute_after(loaded)
         return block
 
     def release(self, index: int) -> None:
-        region = self._regions.pop(index, None)
-        if region is not None:
-            self._streams.computed()
-            self._ring.free(region)
+        used = self._in_use.pop(index, None)
+        if used is not None:
+            self._retired.append(_Retired(*used, self._streams.computed()))
+            self._ring.free(used.region)
 
     def close(self) -> None:
         self._ring.close()
         if self._loader.is_alive():
             self._loader.join(timeout=CLOSE_TIMEOUT_S)
         self._unpacking.shutdown(cancel_futures=True)
+        self._streams.join()  # memory of either may be used again at once
+        self._retired.clear()
 
     def _ring_bytes(self) -> int:
         sizes = [aligned_up(self._plans[index].num_bytes) for index in self._moving]
@@ -237,31 +254,33 @@ class StreamedWeights:
         around = sizes * 3
         return max(sum(around[start : start + UNITS_AHEAD]) for start in range(len(sizes)))
 
-    def _next(self) -> _Loaded:
+    def _next(self) -> _Loading:
         try:
             with self._log.waiting(Cargo.WEIGHTS):
-                loaded = self._loaded.get(timeout=TRANSFER_TIMEOUT_S)
+                loading = self._loading.get(timeout=TRANSFER_TIMEOUT_S)
         except queue.Empty:
             raise Timeout(f"no weights came within {TRANSFER_TIMEOUT_S:g} s") from None
-        if isinstance(loaded, Exception):
-            raise loaded
-        return loaded
+        if isinstance(loading, Exception):
+            raise loading
+        return loading
 
     def _load_all(self) -> None:
         """The loading thread: always as far ahead as there is room."""
         try:
             for index in itertools.cycle(self._moving):
-                self._loaded.put(self._begin(index))
+                self._loading.put(self._begin(index))
         except AsyncPipeError as error:
-            self._loaded.put(error)
+            self._loading.put(error)
 
-    def _begin(self, index: int) -> _Loaded:
+    def _begin(self, index: int) -> _Loading:
         """Start to bring a unit into the ring; waits for room there."""
         plan = self._plans[index]
         region = self._ring.allocate(plan.num_bytes)
-        self._streams.await_computed()
+        while any(retired.region.overlaps(region) for retired in self._retired):
+            self._streams.load_after(self._retired[0].computed)
+            self._retired.popleft()
         reads = [task for read in plan.reads for task in self._read(read, region)]
-        return _Loaded(index, region, self._unpacking.submit(self._finish, plan, region, reads))
+        return _Loading(index, region, self._unpacking.submit(self._finish, plan, region, reads))
 
     def _read(self, read: _Read, region: Region) -> list[Future[None]]:
         file, memory = self._files[read.extent.file], self._ring.bytes_of(region)[read.offset :]
@@ -277,7 +296,7 @@ class StreamedWeights:
             self._streams.read(file, offset, target)
 
     @torch.inference_mode()
-    def _finish(self, plan: _Plan, region: Region, reads: list[Future[None]]) -> Any:
+    def _finish(self, plan: _Plan, region: Region, reads: list[Future[None]]) -> tuple[Any, Mark]:
         """Copy what is on the host while the disk is read, unpack what is packed, and build the block."""
         memory = self._ring.bytes_of(region)
         with self._streams.loading():
@@ -292,8 +311,7 @@ class StreamedWeights:
             view = _View(self, plan, memory)
             view.unpack()
             block = plan.unit.build(view)  # which may join what has been loaded
-            self._streams.loaded()
-        return block
+            return block, self._streams.loaded()
 
     @property
     def dtype(self) -> torch.dtype:
