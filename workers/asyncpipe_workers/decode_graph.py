@@ -13,9 +13,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncpipe_workers.layout import FixedRows, StepLayout
 from asyncpipe_workers.memory.kv import PagedKV
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 256  # a larger batch computes for longer than it launches
 CAPTURE_AT = 4  # the step of a size that is captured: rare sizes are not worth it
 SWITCH = "ASYNCPIPE_CUDA_GRAPHS"  # 0 in the environment: never
+
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations whose results the host must know
+
+aten = torch.ops.aten
 
 Replay = Callable[[], torch.Tensor]
 Capture = Callable[[Replay], Replay]
@@ -168,7 +173,7 @@ class CudaCapture:
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), NoWaits():  # type: ignore[no-untyped-call]
                 step()  # libraries set themselves up, which a graph cannot hold
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
@@ -181,3 +186,27 @@ class CudaCapture:
             return output
 
         return replay
+
+
+class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within, what makes the host wait for the device raises RuntimeError. A capture of it would fail too, but leave torch's
+    allocator in the middle of it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _waits(func, args, kwargs):
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func is aten._to_copy.default:
+        target = kwargs.get("device")
+        return target is not None and target.type != args[0].device.type
+    if func is aten.copy_.default:
+        return bool(args[0].device.type != args[1].device.type)
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        return any(index is not None and (index.dtype == torch.bool or index.device != args[0].device) for index in args[1])
+    return not WAITING.isdisjoint(func.tags)

@@ -6,6 +6,7 @@ those that see all. Gemma 2 caps scores and logits; Gemma 3 norms queries and ke
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,11 +66,17 @@ def _rope_parameters(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
 class Embedding(decoder.Embedding):
     def __init__(self, weights: Weights, config: DecoderConfig) -> None:
         super().__init__(weights, config)
-        self._scale = math.sqrt(config.hidden_size)
+        self._size = config.hidden_size
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         hidden_TD = super().__call__(token_ids_T, positions_T)
-        return hidden_TD * hidden_TD.new_tensor(self._scale)  # rounded as hidden states are
+        return hidden_TD * _scale(self._size, hidden_TD.dtype)
+
+
+@functools.cache
+def _scale(hidden_size: int, dtype: torch.dtype) -> float:
+    """Rounded as hidden states are."""
+    return torch.tensor(math.sqrt(hidden_size), dtype=dtype).item()
 
 
 def _attention(weights: Weights, config: DecoderConfig, index: int, cache_layer: int) -> Residual:

@@ -94,6 +94,7 @@ class _Embedding:
         name = config.parts[0]
         self._module = getattr(_skeleton(config), name)
         _fill(self._module, f"{name}.", weights)
+        _bring_buffers(self._module)
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         hidden_TD: torch.Tensor = self._module(token_ids_T)
@@ -126,6 +127,7 @@ class _Layers:
         for name, module in self._model.named_children():
             if name != stack:
                 _fill(module, f"{name}.", weights)
+        _bring_buffers(self._model)
 
     def __call__(self, hidden_TD: torch.Tensor, layout: StepLayout, cache: KVCache) -> torch.Tensor:
         token = _call.set(_Call(layout, cache, self._first, self._config.max_context_len))
@@ -216,6 +218,11 @@ def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
+def _bring_buffers(module: nn.Module) -> None:
+    """To where the parameters are: else some would go there in every step."""
+    module.to(next(module.parameters()).device)
+
+
 class _Linear(nn.Module):
     def __init__(self, project: Projection) -> None:
         super().__init__()
@@ -231,14 +238,10 @@ class _Linear(nn.Module):
 
 @functools.cache
 def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Without a function for masks, as which transformers makes none: who sees whom is the cache's to know."""
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*arguments: Any, **options: Any) -> None:
-    """Who sees whom is the cache's to know."""
 
 
 def _attend(

@@ -53,13 +53,13 @@ class Units(Protocol):
 
 
 class Model(NamedTuple):
-    """What a stage is made of. Only where it `can_stream` may its weights be anywhere; only where it `is_static` can a step be
-    captured and replayed."""
+    """What a stage is made of. Only where it `can_stream` may its weights be anywhere; only where it `is_static` is it tried to
+    capture a step and replay it."""
 
     config: ModelConfig
     units: Units
     can_stream: bool = True
-    is_static: bool = False  # whether the shapes that it computes with depend on nothing but a step's
+    is_static: bool = True  # whether the shapes that it computes with may depend on nothing but a step's
 
 
 class Family(NamedTuple):
