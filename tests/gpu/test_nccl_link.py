@@ -1,4 +1,4 @@
-"""Tensor links over NCCL, and staging, on the card. Both ends share it: NCCL takes two processes for two hosts when told so."""
+"""Tensor links over NCCL on the card. Both ends share it: NCCL takes two processes for two hosts when told so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from asyncpipe_workers.links import LinkKind
 from asyncpipe_workers.links.nccl import NcclLink
-from asyncpipe_workers.staging import StagingRing
 from tests.contract.link_peers import Table, child, meet, numbers, perform_with_child
 from tests.support import run
 
@@ -16,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here"),
     pytest.mark.filterwarnings("ignore:An unbatched P2P op"),
 ]
-CARD = torch.device("cuda", 0)
 TABLE = Table(LinkKind.NCCL, "cuda:0", timeout_s=30.0)
 OTHER_HOST = {"NCCL_HOSTID": "child"}
 needs_nccl = pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="this build of torch has no NCCL")
@@ -58,26 +56,3 @@ def test_computation_may_be_queued_before_its_input_is_there() -> None:
             await link.close()
 
     run(scenario(), timeout_s=90)
-
-
-def test_staging_gives_what_was_computed_without_waiting_for_the_device() -> None:
-    ring = StagingRing(CARD, num_buffers=2, buffer_bytes=1 << 20)
-    expected = [numbers(100, 64, seed=seed, dtype=torch.bfloat16) for seed in range(5)]
-    for round_trip in range(3):
-        for tensor in expected:
-            copy = ring.to_host(tensor.to(CARD))
-            copy.wait()
-            assert torch.equal(ring.to_device(copy.tensor).cpu(), tensor), f"round {round_trip}"
-            del copy
-    assert ring.statistics().num_unstaged == 0
-
-
-def test_what_finds_no_staging_buffer_is_copied_all_the_same() -> None:
-    ring = StagingRing(CARD, num_buffers=1, buffer_bytes=1 << 10)
-    first, second = (ring.to_host(numbers(16, seed=seed).to(CARD)) for seed in (1, 2))
-    for copy, seed in ((first, 1), (second, 2)):
-        copy.wait()
-        assert torch.equal(ring.to_device(copy.tensor).cpu(), numbers(16, seed=seed))
-    large = numbers(4096)
-    assert torch.equal(ring.to_device(ring.to_host(large.to(CARD)).tensor).cpu(), large)
-    assert ring.statistics().num_unstaged == 5
