@@ -19,7 +19,7 @@ ADDRESS = ir.PointerType()
 NOTHING = ir.VoidType()
 
 READ, DATA = 0, 1  # llvm.prefetch's arguments, and where to:
-PASSING_BY, TO_SECOND_CACHE = 0, 2
+PASSING_BY, TO_SECOND_CACHE, TO_FIRST_CACHE = 0, 2, 3
 
 LOG2_E = 1.4426950408889634
 LN_2 = (0.693359375, -2.12194440e-4)  # as two numbers, for one would lose the last bits
@@ -28,6 +28,7 @@ MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0
 ERF_FACTOR, ERF_SERIES = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 EXPONENT_BIAS, MANTISSA_BITS = 127, 23
 WIDEST_LANES = 16
+LINE_BYTES = 64  # of a cache
 
 Count: TypeAlias = ir.Value | int
 
@@ -98,8 +99,14 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
 
     def prefetch(self, address: ir.Value) -> None:
         """Of what is read once."""
-        how = [ir.Constant(WORD, n) for n in (READ, _place_of_what_is_read_once(), DATA)]
-        self.outside("llvm.prefetch.p0", NOTHING, address, *how)
+        self._prefetch(address, _place_of_what_is_read_once())
+
+    def prefetch_to_keep(self, address: ir.Value) -> None:
+        """Of what is read soon, and again later."""
+        self._prefetch(address, TO_FIRST_CACHE)
+
+    def _prefetch(self, address: ir.Value, place: int) -> None:
+        self.outside("llvm.prefetch.p0", NOTHING, address, *(ir.Constant(WORD, n) for n in (READ, place, DATA)))
 
     def read_floats(self, address: ir.Value, of: ir.Type) -> ir.Value:
         """As many numbers as there are lanes, of that type."""

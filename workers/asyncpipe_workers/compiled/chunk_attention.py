@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, WORD, Builder, Count, Variable
+from asyncpipe_workers.compiled.builder import FLOAT16, FLOAT32, LINE_BYTES, WORD, Builder, Count, Variable
 from asyncpipe_workers.compiled.kernel import HALF_FEATURES, Kernel
 
 ADDRESSES = ("q", "keys", "values", "out", "scratch")
@@ -27,6 +27,7 @@ kept, everything else is float32. Scratch has room for `scratch_bytes`.
 
 BLOCK = 64  # keys, counted from the first, whose scores are there at once
 NUMBERS = 4  # of a head; or keys; that are multiplied with a tile at a time, their sums in half of the registers
+NUMBER_BYTES: dict[ir.Type, int] = {FLOAT32: 4, FLOAT16: 2}
 LOWEST = -1e30  # before a score is known: less than any, and yet a number
 
 
@@ -182,6 +183,7 @@ class ChunkAttention(Kernel):
         with b.loop(0, num) as i:
             row = self._row(tile.scores, i)
             key = b.spread(b.trunc(b.plus(first, i), WORD))
+            self._ask_for(tile, "values", b.plus(first, i))
             scores = []
             for score, last, top in zip(self._read_row(row), newest, tile.tops, strict=True):
                 is_seen = b.and_(b.icmp_signed("<=", key, last), b.icmp_signed("<", b.sub(last, key), window))
@@ -194,6 +196,7 @@ class ChunkAttention(Kernel):
             total.set(b.fmul(total.get(), factor))
         with b.loop(0, num) as i:
             row = self._row(tile.scores, i)
+            self._ask_for(tile, "keys", b.plus(first, i, BLOCK))
             weights = []
             for score, top, total in zip(self._read_row(row), tops, tile.totals, strict=True):
                 is_unseen = b.fcmp_ordered("==", score, unseen)
@@ -243,12 +246,16 @@ class ChunkAttention(Kernel):
 
     # --- addresses and counts ---
 
+    def _place(self, tile: _Tile, of: str, token: ir.Value) -> ir.Value:
+        """Of its keys or values, where they lie."""
+        b = self.b
+        number = b.plus(b.times(tile.group, self.arguments[f"{of}_head"]), b.times(token, self.arguments[f"{of}_token"]))
+        return b.at(self.arguments[of], number, self.kept)
+
     def _block(self, tile: _Tile, of: str, first: ir.Value, num: ir.Value) -> _Block:
         """`num` keys or values from `first` on: where they lie, or as float32 in scratch."""
         b = self.b
-        token_numbers = self.arguments[f"{of}_token"]
-        place = b.plus(b.times(tile.group, self.arguments[f"{of}_head"]), b.times(first, token_numbers))
-        own = b.at(self.arguments[of], place, self.kept)
+        token_numbers, own = self.arguments[f"{of}_token"], self._place(tile, of, first)
         if self.kept == FLOAT32:
             return _Block(own, token_numbers)
         block = _Block(tile.block, b.count(self._size))
@@ -257,6 +264,12 @@ class ChunkAttention(Kernel):
             for n in range(0, self._size, self.lanes):
                 b.write(b.read_floats(b.at(source, n, self.kept), self.kept), b.at(target, n, FLOAT32))
         return block
+
+    def _ask_for(self, tile: _Tile, of: str, token: ir.Value) -> None:
+        """Its keys or values come to the first cache while something else is computed."""
+        own = self._place(tile, of, token)
+        for n in range(0, self._size * NUMBER_BYTES[self.kept], LINE_BYTES):
+            self.b.prefetch_to_keep(self.b.at(own, n))
 
     def _row(self, rows: ir.Value, n: Count) -> ir.Value:
         """Of a tile."""

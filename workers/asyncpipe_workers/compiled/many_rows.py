@@ -14,13 +14,12 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, WORD
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT32, LINE_BYTES, WORD
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
 
 OUTPUTS = 4  # whose sums are in registers for a group of most vectors, more of them for a smaller one; and are written together
 WORD_INPUTS = 4
 UNROLLED = 4  # words
-LINE_BYTES = 64  # of a cache
 OFFSET = 128
 
 
