@@ -45,6 +45,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         self.doubles = ir.VectorType(DOUBLE, lanes)
         self.words = ir.VectorType(WORD, lanes)
         self.bytes = ir.VectorType(BYTE, 4 * lanes)
+        self.pairs = ir.VectorType(HALF_WORD, 2 * lanes)
 
     # --- counts and addresses ---
 
@@ -219,15 +220,18 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         """Each lane of `sums`, plus its four bytes of one times its four bytes of the other."""
         if self._multiplies_bytes:
             return self.outside(f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", self.words, sums, unsigned, signed)
-        multiply = "llvm.x86.avx512.pmaddw.d.512" if self.lanes == WIDEST_LANES else "llvm.x86.avx2.pmadd.wd"
         for own, other in zip(self._halves(unsigned, self.lshr), self._halves(signed, self.ashr), strict=True):
-            sums = self.add(sums, self.outside(multiply, self.words, own, other))
+            sums = self.dot_of_pairs(sums, own, other)
         return sums
+
+    def dot_of_pairs(self, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Each lane of `sums`, plus its two numbers of 16 bits of one times its two of the other."""
+        multiply = "llvm.x86.avx512.pmaddw.d.512" if self.lanes == WIDEST_LANES else "llvm.x86.avx2.pmadd.wd"
+        return self.add(sums, self.outside(multiply, self.words, a, b))
 
     def _halves(self, numbers: ir.Value, shift: Callable[[ir.Value, ir.Value], ir.Value]) -> tuple[ir.Value, ir.Value]:
         """Bytes as numbers of 16 bits: those of even places and those of odd ones."""
-        pairs = ir.VectorType(HALF_WORD, 2 * self.lanes)
-        both, by = self.bitcast(numbers, pairs), self.all_lanes(pairs, BYTE.width)
+        both, by = self.bitcast(numbers, self.pairs), self.all_lanes(self.pairs, BYTE.width)
         return shift(self.shl(both, by), by), shift(both, by)
 
     # --- control ---

@@ -48,6 +48,7 @@ class CompiledKernel:
     """May be called from several threads at once."""
 
     def __init__(self, kind: type[Kernel], lanes: int, *arguments: Any) -> None:
+        self.kind = kind
         self.lanes = lanes
         what = f"{kind.__module__}.{kind.__name__}{(lanes, *arguments)}"
         self._module = CompiledModule(what, lambda: kind(lanes, *arguments).module)

@@ -24,6 +24,7 @@ from asyncpipe_workers.compiled.products import (
     WidenedInt8Product,
     moved_bytes,
 )
+from asyncpipe_workers.compiled.widened_rows import sums_bytes
 from asyncpipe_workers.memory.quantization import MAX_FLOAT16, GroupCodec, RowCodec
 from asyncpipe_workers.tape import new_tensor
 
@@ -94,13 +95,14 @@ class CompiledInt8Linear(CompiledLinear):
         if in_size % (FEWEST_LANES * Int8Product.lane_inputs):
             raise NotImplementedError(f"no compiled product for {in_size} inputs in eight bits")
         scales_O = RowCodec().codes(packed, in_size).scales_R
+        product = first_compiled(INT8_PRODUCTS)
         super().__init__(
-            first_compiled(INT8_PRODUCTS),
+            product,
             packed,
             scales_O,
             _bias(bias, len(packed)),
             row_bytes=packed.stride(0),
-            scratch_bytes=functools.partial(code_bytes, num_groups=1),
+            scratch_bytes=_widened_scratch_bytes if product.kind is WidenedInt8Product else _scratch_bytes,
         )
 
 
@@ -139,6 +141,15 @@ def lay_out(codes_OB: torch.Tensor, num_outputs: int) -> torch.Tensor:
     counts = (out_size, row_bytes // word.itemsize, codes_OB.stride(0))
     compiled(LayOutPanels, num_outputs)((codes_OB, panels_PWC), counts)
     return panels_PWC
+
+
+def _scratch_bytes(num_rows: int, num_inputs: int) -> int:
+    return code_bytes(num_rows, num_inputs, num_groups=1)
+
+
+def _widened_scratch_bytes(num_rows: int, num_inputs: int) -> int:
+    codes = code_bytes(num_rows, num_inputs, num_groups=1, code_size=2)
+    return codes + sums_bytes(num_rows, torch.get_num_threads())
 
 
 def _bias(bias: torch.Tensor | None, out_size: int) -> torch.Tensor:

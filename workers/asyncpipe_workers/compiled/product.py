@@ -26,9 +26,9 @@ MAX_CODE = 127.0
 TINY = 1e-30  # instead of the largest magnitude of zeros
 
 
-def code_bytes(num_rows: int, num_inputs: int, num_groups: int) -> int:
-    """Of scratch for rows in eight bits: codes, and two words for each group."""
-    return num_rows * (num_inputs + 8 * num_groups)
+def code_bytes(num_rows: int, num_inputs: int, num_groups: int, code_size: int = 1) -> int:
+    """Of scratch for rows in eight bits, each code in so many bytes, and two words for each group."""
+    return num_rows * (num_inputs * code_size + 8 * num_groups)
 
 
 class Product(Kernel):
@@ -54,17 +54,21 @@ class Product(Kernel):
 
 class RowCodes:
     """Rows quantized as they come, each group of inputs by its own largest magnitude. In scratch are the codes (rows, inputs),
-    then for each group of each row what its codes' unit is worth (float32), then the sum of its codes (int32)."""
+    then for each group of each row what its codes' unit is worth (float32), then the sum of its codes (int32); behind them is
+    `rest`."""
 
-    def __init__(self, kernel: Product, group_inputs: Count) -> None:
+    def __init__(self, kernel: Product, group_inputs: Count, code: ir.IntType = BYTE) -> None:
+        """`code` is the type that codes are kept in."""
         self.b = kernel.b
+        self._code = code
         self._kernel = kernel
         self.group_inputs = self.b.count(group_inputs)
         self.groups = self.b.over(kernel.inputs, self.group_inputs)  # of a row
         self._codes = kernel.scratch
         self._all_groups = self.b.times(kernel.rows, self.groups)
-        self._units = self.b.at(self._codes, self.b.times(kernel.rows, kernel.inputs))
+        self._units = self.b.at(self._codes, self.b.times(kernel.rows, kernel.inputs), code)
         self._sums = self.b.at(self._units, self._all_groups, FLOAT32)
+        self.rest = self.b.at(self._sums, self._all_groups, WORD)
 
     def write(self, keep: KeepCodes, *, first_group: Count = 0) -> None:
         """Those of all groups from number `first_group` on, each thread its share, and none goes on before they are there.
@@ -76,11 +80,11 @@ class RowCodes:
 
     def keep(self, codes: ir.Value, group: ir.Value, first: ir.Value) -> None:
         """Codes of a group, from its number `first` on."""
-        self.b.write(codes, self.b.at(self._codes, self.b.plus(self.b.times(group, self.group_inputs), first)))
+        self.b.write(codes, self.b.at(self._codes, self.b.plus(self.b.times(group, self.group_inputs), first), self._code))
 
     def codes(self, row: ir.Value) -> ir.Value:
         """Their address."""
-        return self.b.at(self._codes, self.b.times(row, self._kernel.inputs))
+        return self.b.at(self._codes, self.b.times(row, self._kernel.inputs), self._code)
 
     def unit(self, row: ir.Value, group: Count = 0) -> ir.Value:
         """Its address; those of a row's groups follow."""
@@ -112,8 +116,8 @@ class RowCodes:
         numbers = self.b.read(self.b.at(self._numbers(group), first, FLOAT32), self.b.floats)
         return self.b.nearest(self.b.fmul(numbers, self.b.spread(factor)))
 
-    def as_bytes(self, words: ir.Value) -> ir.Value:
-        return self.b.trunc(words, ir.VectorType(BYTE, self.b.lanes))
+    def as_kept(self, words: ir.Value) -> ir.Value:
+        return self.b.trunc(words, ir.VectorType(self._code, self.b.lanes))
 
     def _numbers(self, group: ir.Value) -> ir.Value:
         """Their address."""
@@ -126,5 +130,5 @@ class RowCodes:
         with b.loop(0, self.group_inputs, b.lanes) as n:
             found = self.found(group, n, factor)
             code_sum.set(b.add(code_sum.get(), found))
-            keep(self.as_bytes(found), group, n)
+            keep(self.as_kept(found), group, n)
         b.write(b.sum(code_sum.get()), b.at(self._sums, group, WORD))

@@ -24,6 +24,8 @@ from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD
 from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES, WORD_FEATURES
 from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
+from asyncpipe_workers.compiled.turned_rows import TurnedRows
+from asyncpipe_workers.compiled.widened_rows import WidenedRows
 
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
 FEW = 4  # rows that are multiplied with as many outputs at a time
@@ -284,20 +286,20 @@ class BFloat16Product(FloatProduct):
         return b.bitcast(b.shl(b.zext(numbers, b.words), b.all_lanes(b.words, HALF_WORD.width)), b.floats)
 
 
-class Int8Product(DotProduct):
-    """Scales are float32, one for each output. Scratch is as `RowCodes` says, a group for each row."""
+class _CodesProduct(DotProduct):
+    """Of a weight in eight bits. Scales are float32, one for each output. Scratch is as `RowCodes` says, a group for each row.
+    Many rows are turned."""
 
-    features = BYTE_FEATURES
-    lane_inputs = 4
-    weight_number = row_number = BYTE
+    weight_number = BYTE
+    turned: ClassVar[type[TurnedRows]]
 
     @property
     def sums(self) -> ir.VectorType:
         return self.b.words
 
     def prepare_rows(self) -> None:
-        self._rows = RowCodes(self, self.inputs)
-        self._many = ManyRows(self, self._rows)
+        self._rows = RowCodes(self, self.inputs, self.row_number)
+        self._many = self.turned(self, self._rows)
         self._many.write_factors()
         self._rows.write(self._rows.keep, first_group=self._many.num_rows)
         self._many.write_codes()
@@ -309,23 +311,49 @@ class Int8Product(DotProduct):
     def row_numbers(self, row: ir.Value) -> ir.Value:
         return self._rows.codes(row)
 
+    def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        b, num = self.b, tile.num_rows * tile.num_outputs
+        products = b.sitofp(self.exact(totals, tile), ir.VectorType(FLOAT32, num))
+        scales = b.fmul(self.of_outputs(self.scales, tile), self.of_rows(self._rows.unit(tile.row), FLOAT32, tile))
+        return b.fused(products, scales, self.of_outputs(self.bias, tile))
+
+    @abstractmethod
+    def exact(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        """The sums of products of codes."""
+
+
+class Int8Product(_CodesProduct):
+    features = BYTE_FEATURES
+    lane_inputs = 4
+    row_number = BYTE
+    turned = ManyRows
+
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
         return self.b.xor(numbers, self.b.all_lanes(self.b.bytes, OFFSET))
 
     def add_product(self, sums: ir.Value, weight: ir.Value, row: ir.Value) -> ir.Value:
         return self.b.dot_of_bytes(sums, weight, row)
 
-    def scaled(self, totals: ir.Value, tile: Tile) -> ir.Value:
-        b, num = self.b, tile.num_rows * tile.num_outputs
+    def exact(self, totals: ir.Value, tile: Tile) -> ir.Value:
         code_sums = self.of_rows(self._rows.code_sum(tile.row), WORD, tile)
-        too_much = b.mul(code_sums, b.all_lanes(code_sums.type, OFFSET))
-        products = b.sitofp(b.sub(totals, too_much), ir.VectorType(FLOAT32, num))
-        scales = b.fmul(self.of_outputs(self.scales, tile), self.of_rows(self._rows.unit(tile.row), FLOAT32, tile))
-        return b.fused(products, scales, self.of_outputs(self.bias, tile))
+        return self.b.sub(totals, self.b.mul(code_sums, self.b.all_lanes(code_sums.type, OFFSET)))
 
 
-class WidenedInt8Product(Int8Product):
-    """The same, where bytes are multiplied as numbers of 16 bits."""
+class WidenedInt8Product(_CodesProduct):
+    """The same, where bytes are multiplied as numbers of 16 bits: rows are kept so, and a weight becomes so as it is read.
+    Behind the scratch of rows are `sums_bytes`."""
 
     features = WORD_FEATURES
-    multiplies_bytes = False
+    lane_inputs = 2
+    row_number = HALF_WORD
+    many_tile = (MANY, 2)
+    turned = WidenedRows
+
+    def as_multiplied(self, numbers: ir.Value) -> ir.Value:
+        return self.b.sext(numbers, self.b.pairs)
+
+    def add_product(self, sums: ir.Value, weight: ir.Value, row: ir.Value) -> ir.Value:
+        return self.b.dot_of_pairs(sums, weight, row)
+
+    def exact(self, totals: ir.Value, tile: Tile) -> ir.Value:
+        return totals
