@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 
 from llvmlite import ir
 
-from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WIDEST_LANES, WORD, Variable
+from asyncpipe_workers.compiled.builder import BYTE, FLOAT16, FLOAT32, HALF_WORD, WORD, Variable
 from asyncpipe_workers.compiled.kernel import BYTE_FEATURES, HALF_FEATURES, WORD_FEATURES
 from asyncpipe_workers.compiled.many_rows import ManyRows
 from asyncpipe_workers.compiled.product import ASKED_BYTES, SHARED_OUTPUTS, Product, RowCodes
@@ -28,9 +28,8 @@ from asyncpipe_workers.compiled.turned_rows import TurnedRows
 from asyncpipe_workers.compiled.widened_rows import WidenedRows
 
 FEWEST_LANES = 4  # of 32 bits: a row's end is multiplied so many at a time
-FEW = 4  # rows that are multiplied with as many outputs at a time
-MANY = 8  # rows that stay in the first cache together; sixteen would not
-ROWS_TOGETHER = (MANY, FEW, 2, 1)
+MANY = 8  # rows, and more, are multiplied in blocks of their inputs where they are long
+MOST = 12  # rows that stay in the first cache together; sixteen would not
 BLOCK_VECTORS = 48  # of each row: eight of them in 24 KB
 ALIKE_FLOATS = 1024  # numbers that lie so far from each other compete for the same places of the first cache
 
@@ -46,6 +45,18 @@ class Tile(NamedTuple):
     num_rows: int
     output: ir.Value
     num_outputs: int
+
+
+class Together(NamedTuple):
+    """So many rows come to a weight together, multiplied in tiles of so many of them and of outputs."""
+
+    num_rows: int
+    tile_rows: int
+    tile_outputs: int
+
+
+ONES = (Together(2, 2, 1), Together(1, 1, 1))
+FEW: dict[int, Sequence[Together]] = {16: (Together(4, 4, 4), *ONES), 8: (Together(4, 2, 4), *ONES)}  # by lanes of a vector
 
 
 class _Part(NamedTuple):
@@ -72,35 +83,33 @@ class DotProduct(Product):
     weight_number: ClassVar[ir.Type]
     row_number: ClassVar[ir.Type]
     asked_outputs: ClassVar[int] = 4  # ahead at least, where several are multiplied together
-    many_tile: ClassVar[tuple[int, int]] = (FEW, FEW)  # of more than a few rows, where vectors are wide: rows and outputs
+    many: ClassVar[dict[int, Sequence[Together]]] = {16: (Together(MANY, 4, 4),), 8: (Together(MANY, 2, 4),)}
 
     def multiply(self) -> None:
         b = self.b
         self.vector_inputs = self.lanes * self.lane_inputs
         self._whole_inputs = b.whole(self.inputs, self.vector_inputs)
         self._block_inputs = BLOCK_VECTORS * self.vector_inputs
-        self._kept_sums = b.room(MANY * SHARED_OUTPUTS * self.lanes, WORD)
+        self._kept_sums = b.room(MOST * SHARED_OUTPUTS * self.lanes, WORD)
         self.prepare_rows()
         with self.shared(b.over(b.plus(self.outputs, SHARED_OUTPUTS - 1), SHARED_OUTPUTS)) as n:
             first = b.times(n, SHARED_OUTPUTS)
             last = b.at_most(b.plus(first, SHARED_OUTPUTS), self.outputs)
             row = self.multiply_many(first, last)
-            for num_rows in ROWS_TOGETHER:
-                end = b.plus(row, b.whole(b.sub(self.rows, row), num_rows))
-                with b.loop(row, end, num_rows) as first_row:
-                    self._multiply_rows(_Part(first_row, num_rows, first, last))
+            for together in (*self.many[self.lanes], *FEW[self.lanes]):
+                end = b.plus(row, b.whole(b.sub(self.rows, row), together.num_rows))
+                with b.loop(row, end, together.num_rows) as first_row:
+                    self._multiply_rows(_Part(first_row, together.num_rows, first, last), together)
                 row = end
 
-    def _multiply_rows(self, part: _Part) -> None:
-        if part.num_rows < FEW:
-            self._multiply_tiles(part, part.num_rows, 1)
+    def _multiply_rows(self, part: _Part, together: Together) -> None:
+        b, (_, rows, outputs) = self.b, together
+        if outputs == 1:
+            self._multiply_tiles(part, rows, 1)
             return
-        b, is_few = self.b, part.num_rows == FEW
-        rows, outputs = (FEW, FEW) if is_few else self.many_tile
-        rows = self.lanes * rows // WIDEST_LANES
         whole_end = b.plus(part.first, b.whole(b.sub(part.last, part.first), outputs))
         whole, rest = part._replace(last=whole_end), part._replace(first=whole_end)
-        if is_few:
+        if part.num_rows < MANY:
             self._multiply_tiles(whole, rows, outputs)
         else:
             with b.if_else(b.icmp_signed(">", self.inputs, b.count(self._block_inputs))) as (several, one):
@@ -150,8 +159,13 @@ class DotProduct(Product):
     def _finish(self, tile: Tile, sums: Sequence[Variable]) -> None:
         """After all whole vectors of inputs."""
         self._add_products(tile, sums, self._whole_inputs, self.inputs, num=FEWEST_LANES * self.lane_inputs)
-        totals = self.b.sums([total.get() for total in sums])
-        self._write(self.scaled(totals, tile), tile)
+        done = 0
+        while rest := tile.num_rows - done:  # sums are added up by powers of two
+            num_rows = min(1 << rest.bit_length() - 1, self.lanes // tile.num_outputs)
+            part = tile._replace(row=self.b.plus(tile.row, done), num_rows=num_rows)
+            own = sums[done * tile.num_outputs : (done + num_rows) * tile.num_outputs]
+            self._write(self.scaled(self.b.sums([total.get() for total in own]), part), part)
+            done += num_rows
 
     def _add_products(
         self, tile: Tile, sums: Sequence[Variable], first: ir.Value, last: ir.Value, *, num: int | None = None
@@ -162,15 +176,29 @@ class DotProduct(Product):
         weights = [self.weight_row(b.plus(tile.output, n)) for n in range(tile.num_outputs)]
         several = b.times(self.row_bytes, max(tile.num_outputs, self.asked_outputs))
         asked = ASKED_BYTES if tile.num_outputs == 1 else several
+
+        def weight_numbers(weight: ir.Value, n: ir.Value) -> ir.Value:
+            place = b.at(weight, n, self.weight_number)
+            b.prefetch(b.at(place, asked))
+            return self.as_multiplied(self._read(place, self.weight_number, num))
+
+        def add(r: int, o: int, weight: ir.Value, number: ir.Value) -> None:
+            total = sums[r * tile.num_outputs + o]
+            total.set(self.add_product(total.get(), weight, number))
+
         with b.loop(first, last, num) as n:
-            numbers = [self._read(b.at(row, n, self.row_number), self.row_number, num) for row in rows]
-            for o, weight in enumerate(weights):
-                place = b.at(weight, n, self.weight_number)
-                b.prefetch(b.at(place, asked))
-                own = self.as_multiplied(self._read(place, self.weight_number, num))
-                for r, number in enumerate(numbers):
-                    total = sums[r * tile.num_outputs + o]
-                    total.set(self.add_product(total.get(), own, number))
+            if tile.num_rows > tile.num_outputs:  # what there is less of waits in registers
+                held = [weight_numbers(weight, n) for weight in weights]
+                for r, row in enumerate(rows):
+                    number = self._read(b.at(row, n, self.row_number), self.row_number, num)
+                    for o, own in enumerate(held):
+                        add(r, o, own, number)
+            else:
+                numbers = [self._read(b.at(row, n, self.row_number), self.row_number, num) for row in rows]
+                for o, weight in enumerate(weights):
+                    own = weight_numbers(weight, n)
+                    for r, number in enumerate(numbers):
+                        add(r, o, own, number)
 
     def _read(self, place: ir.Value, of: ir.Type, num: int) -> ir.Value:
         """A vector, with zeros behind the first `num`."""
@@ -224,12 +252,15 @@ class DotProduct(Product):
         """The results, row after row."""
 
 
+TALL: dict[int, Sequence[Together]] = {16: (Together(MANY, 8, 2),), 8: (Together(MOST, 6, 2), Together(MANY, 4, 2))}
+
+
 class FloatProduct(DotProduct):
     """No scales. Scratch is of `moved_bytes`."""
 
     lane_inputs = 1
     weight_number = row_number = FLOAT32
-    many_tile = (MANY, 2)
+    many = TALL
     asked_outputs = 2
 
     @property
@@ -346,7 +377,7 @@ class WidenedInt8Product(_CodesProduct):
     features = WORD_FEATURES
     lane_inputs = 2
     row_number = HALF_WORD
-    many_tile = (MANY, 2)
+    many = TALL
     turned = WidenedRows
 
     def as_multiplied(self, numbers: ir.Value) -> ir.Value:
