@@ -30,8 +30,7 @@ class Groups(NamedTuple):
 
 
 class TurnedRows(ABC):
-    word_inputs: ClassVar[int]
-
+    word_inputs: ClassVar[int]  # as many as a vector's lane has of one row
     fewest_rows: ClassVar[int] = 1  # of which any are turned
     least_vectors: ClassVar[int] = 1  # of a group, as many as there are registers for if those are fewer
 

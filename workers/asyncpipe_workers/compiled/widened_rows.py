@@ -15,7 +15,7 @@ from asyncpipe_workers.compiled.builder import BYTE, HALF_WORD, WORD
 from asyncpipe_workers.compiled.product import SHARED_OUTPUTS, Product, RowCodes
 from asyncpipe_workers.compiled.turned_rows import UNROLLED, Groups, TurnedRows
 
-BLOCK_INPUTS = 512
+BLOCK_INPUTS = 512  # of SHARED_OUTPUTS: 64 KB
 ASKED_OUTPUTS = 4  # ahead
 MANY_VECTORS = 64  # as many as there are: what is left of rows is not turned
 STEP_INPUTS = 16  # that are widened at a time: whole numbers of them fill inputs and blocks
