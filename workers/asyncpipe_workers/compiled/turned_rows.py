@@ -32,7 +32,7 @@ class Groups(NamedTuple):
 class TurnedRows(ABC):
     word_inputs: ClassVar[int]  # as many as a vector's lane has of one row
     fewest_rows: ClassVar[int] = 1  # of which any are turned
-    least_vectors: ClassVar[int] = 1  # of a group, as many as there are registers for if those are fewer
+    num_sizes: ClassVar[int | None] = None  # of groups, the largest first; None: down to a vector
 
     def __init__(self, kernel: Product, rows: RowCodes) -> None:
         """As many as fill groups are taken from the first on; inputs are a multiple of UNROLLED words'."""
@@ -44,9 +44,7 @@ class TurnedRows(ABC):
         turned_rows = self.b.select(are_enough, kernel.rows, self.b.count(0))
         self.num_rows: ir.Value = self.b.count(0)
         self._groups: list[Groups] = []
-        for num_vectors in (most_vectors >> n for n in range(most_vectors.bit_length())):
-            if num_vectors < min(self.least_vectors, most_vectors):
-                break
+        for num_vectors in [most_vectors >> n for n in range(most_vectors.bit_length())][: self.num_sizes]:
             end = self.b.whole(turned_rows, num_vectors * kernel.lanes)
             self._groups.append(Groups(self.num_rows, end, num_vectors, OUTPUTS * most_vectors // num_vectors))
             self.num_rows = end

@@ -17,7 +17,6 @@ from asyncpipe_workers.compiled.turned_rows import UNROLLED, Groups, TurnedRows
 
 BLOCK_INPUTS = 512  # of SHARED_OUTPUTS: 64 KB
 ASKED_OUTPUTS = 4  # ahead
-MANY_VECTORS = 64  # as many as there are: what is left of rows is not turned
 STEP_INPUTS = 16  # that are widened at a time: whole numbers of them fill inputs and blocks
 
 
@@ -31,7 +30,7 @@ class WidenedRows(TurnedRows):
 
     word_inputs = 2
     fewest_rows = 32  # fewer are multiplied as quickly where they lie
-    least_vectors = MANY_VECTORS
+    num_sizes = 1  # what is left of rows is not turned
 
     def __init__(self, kernel: Product, rows: RowCodes) -> None:
         super().__init__(kernel, rows)
