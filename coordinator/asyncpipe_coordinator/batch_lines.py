@@ -81,7 +81,7 @@ def find_custom_id(data: bytes | str) -> str | None:
 def _decode(data: bytes | str) -> dict[str, Any]:
     try:
         encoded = data.encode() if isinstance(data, str) else data
-        fields = msgspec.json.decode(encoded.removeprefix(_BYTE_ORDER_MARK))
+        fields = msgspec.json.decode(encoded.removeprefix(_BYTE_ORDER_MARK).decode())  # Python says which byte is wrong
     except (ValueError, RecursionError) as error:
         raise Invalid(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
